@@ -1,0 +1,119 @@
+"""Every option of the server, one frozen dataclass per component. Knows no room that reads them.
+
+Each field is read by code and becomes a command-line flag: ``max_num_seqs`` is ``--max-num-seqs``.
+The flag's help is the field's ``help`` metadata; names are vLLM's where vLLM has the option.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _opt(default: Any, text: str, **metadata: Any) -> Any:
+    """A documented option. ``metadata``: ``choices``, ``short`` (a short flag), ``metavar``."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and in what form."""
+
+    model: str = _opt(
+        "", "Hugging Face id, local folder, or .gguf file; default SmolLM2-135M-Instruct"
+    )
+    tokenizer: str | None = _opt(None, "folder or id of the tokenizer, if not the model's own")
+    revision: str | None = _opt(None, "revision of the Hugging Face repository")
+    download_dir: str | None = _opt(None, "where downloads are cached; default the hub's cache")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = _opt(
+        "auto", "dummy makes random weights from config.json alone"
+    )
+    dtype: DType = _opt("auto", "of weights; auto is float32 on CPU, bfloat16 on GPU")
+    device: Literal["auto", "cpu", "cuda"] = _opt("auto", "where the model runs")
+    max_model_len: int | None = _opt(
+        None, "context length in tokens (also 8k, 1K); default the model's, cut to fit the cache"
+    )
+    seed: int = _opt(0, "of random weights and of requests that give no seed")
+    generation_config: Literal["auto", "vllm"] = _opt(
+        "auto", "auto takes sampling defaults from generation_config.json; vllm takes none"
+    )
+    max_logprobs: int = _opt(20, "most alternatives a request may ask for per token")
+    num_threads: int | None = _opt(None, "CPU threads of the engine; default the usable cores")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged K/V cache."""
+
+    block_size: int = _opt(16, "tokens per K/V block", choices=(16, 32, 64, 128))
+    kv_cache_dtype: DType = _opt("auto", "of cached K and V; auto is the model's dtype")
+    kv_cache_memory_bytes: int | None = _opt(
+        None, "bytes of the K/V cache (also 2GiB, 512MiB); default from free memory"
+    )
+    num_gpu_blocks_override: int | None = _opt(None, "number of K/V blocks, whatever the device")
+    gpu_memory_utilization: float = _opt(0.92, "share of the GPU's memory to use")
+    enable_prefix_caching: bool = _opt(True, "reuse K/V of equal prompt beginnings")
+    check_kv_invariants: bool = _opt(False, "prove after each step that no block is lost or shared")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What runs in a step."""
+
+    max_num_seqs: int = _opt(256, "most requests running at once")
+    max_num_batched_tokens: int | None = _opt(None, "most tokens in one step; default by device")
+    scheduling_policy: Literal["fcfs", "priority"] = _opt("fcfs", "order of waiting requests")
+    long_prefill_token_threshold: int = _opt(
+        0, "most prompt tokens of one request in a step; 0 = no such limit"
+    )
+    async_scheduling: bool = _opt(True, "schedule a step while the one before it runs")
+    max_num_queued_reqs: int | None = _opt(
+        None, "reject (503) requests when this many are already waiting; default no limit"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The HTTP front end."""
+
+    host: str = _opt("0.0.0.0", "address to listen on")
+    port: int = _opt(8000, "port to listen on")
+    uds: str | None = _opt(None, "Unix socket path to listen on instead of host and port")
+    served_model_name: tuple[str, ...] = _opt(
+        (), "names clients may use; the first is shown. Default the model as given"
+    )
+    api_key: tuple[str, ...] = _opt(
+        (), "keys clients must send as a bearer token; also OCTAVO_API_KEY or VLLM_API_KEY"
+    )
+    allowed_origins: tuple[str, ...] = _opt((), "CORS origins; '*' for all")
+    allowed_methods: tuple[str, ...] = _opt(("*",), "CORS methods")
+    allowed_headers: tuple[str, ...] = _opt(("*",), "CORS headers")
+    allow_credentials: bool = _opt(False, "CORS credentials")
+    ssl_keyfile: str | None = _opt(None, "TLS private key (PEM)")
+    ssl_certfile: str | None = _opt(None, "TLS certificate (PEM)")
+    ssl_ca_certs: str | None = _opt(None, "TLS authorities to trust for client certificates")
+    root_path: str = _opt("", "path prefix set by a proxy")
+    chat_template: str | None = _opt(None, "Jinja chat template: a file, or the template itself")
+    response_role: str = _opt("assistant", "role of chat answers")
+    max_body_bytes: int = _opt(16 * 2**20, "largest request body")
+    enable_request_id_headers: bool = _opt(True, "answer with an X-Request-Id header")
+    disable_fastapi_docs: bool = _opt(False, "no /docs and /openapi.json")
+    uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = _opt(
+        "info", "of the HTTP server's own log"
+    )
+    disable_uvicorn_access_log: bool = _opt(False, "no line per HTTP request")
+    enable_log_requests: bool = _opt(False, "log each request's parameters")
+    disable_log_stats: bool = _opt(False, "no periodic throughput line")
+    shutdown_timeout: float = _opt(30.0, "seconds running requests may take to end at shutdown")
+    timeout_keep_alive: int = _opt(75, "seconds an idle HTTP connection is kept")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the engine process needs; what `octavo.LLM` takes as keyword arguments."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
