@@ -1,0 +1,39 @@
+# Octavo with its default model inside: starts offline, as a non-root user.
+#   docker build -t octavo .        docker run --rm -p 8000:8000 octavo
+# For the small CPU image give pip a folder or index of CPU builds of torch:
+#   --build-arg PIP_FIND_LINKS=DIR   or   --build-arg PIP_EXTRA_INDEX_URL=URL
+ARG BASE_IMAGE=python:3.12-slim-bookworm
+
+FROM ${BASE_IMAGE} AS build
+ARG PIP_FIND_LINKS
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN python3 -m venv /opt/octavo
+ENV PATH=/opt/octavo/bin:$PATH
+# Dependencies first: this layer survives changes of our own code.
+COPY pyproject.toml README.md LICENSE /src/
+COPY server/octavo/__init__.py /src/server/octavo/__init__.py
+RUN mkdir -p /src/kernels && pip install -q /src && pip uninstall -q -y octavo
+COPY server /src/server
+COPY kernels /src/kernels
+RUN pip install -q --no-deps /src
+# The default model, its converted tokenizer and the machine code of the CPU kernels. On another
+# kind of CPU the kernels are compiled anew at the first start.
+ENV OCTAVO_CACHE=/opt/octavo/cache
+RUN octavo generate --max-tokens 2 "The capital of France is" \
+ && cd /opt/octavo/lib/python3*/site-packages \
+ && rm -rf torch/test torch/include torch/bin pip setuptools \
+ && find . -name '*.a' -delete \
+ && chmod -R a+rX /opt/octavo
+
+FROM ${BASE_IMAGE}
+COPY --from=build /opt/octavo /opt/octavo
+RUN useradd --create-home --uid 10001 octavo
+USER octavo
+WORKDIR /home/octavo
+ENV PATH=/opt/octavo/bin:$PATH OCTAVO_CACHE=/opt/octavo/cache PYTHONUNBUFFERED=1
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+  CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+ENTRYPOINT ["octavo", "serve"]
