@@ -1,0 +1,136 @@
+"""Keeps compiled kernels on disk between processes; knows files and source hashes, no kernel.
+
+numba's own cache looks at one source file's time stamp, so it serves stale code after a change in
+a file that the kernel calls into, and it raises where no directory can be written. This one
+hashes every octavo_kernels source file a kernel can reach, reads from any candidate directory,
+writes to the first that accepts, and compiles anew when all fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
+
+_PACKAGE = __name__.partition(".")[0]
+_log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=None)
+def _file_digest(path: str) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
+
+
+def _source_stamp(function: Callable[..., Any]) -> str:
+    """Hash of the function's file and of every file of this package that it imports from."""
+    seen: dict[str, ModuleType] = {}
+    waiting = [sys.modules[function.__module__]]
+    while waiting:
+        module = waiting.pop()
+        if module.__name__ in seen:
+            continue
+        seen[module.__name__] = module
+        for value in vars(module).values():
+            owner = (
+                value.__name__
+                if isinstance(value, ModuleType)
+                else getattr(value, "__module__", None)
+            )
+            if (
+                isinstance(owner, str)
+                and owner.partition(".")[0] == _PACKAGE
+                and owner in sys.modules
+            ):
+                waiting.append(sys.modules[owner])
+    total = hashlib.sha256()
+    for name in sorted(seen):
+        path = seen[name].__file__
+        if path is not None:
+            total.update(name.encode() + _file_digest(path))
+    return total.hexdigest()
+
+
+class _Locator:
+    """Where one function's machine code lies; duck-typed to what numba's CacheImpl asks."""
+
+    def __init__(self, directory: Path, stamp: str) -> None:
+        self._directory = directory
+        self._stamp = stamp
+
+    def ensure_cache_path(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def get_cache_path(self) -> str:
+        return str(self._directory)
+
+    def get_source_stamp(self) -> str:
+        return self._stamp
+
+    def get_disambiguator(self) -> str:
+        return "0"
+
+
+def _directories() -> list[Path]:
+    folders = []
+    if numba.config.CACHE_DIR:
+        folders.append(Path(numba.config.CACHE_DIR) / _PACKAGE)
+    folders.append(Path(__file__).parent / "__pycache__")
+    try:
+        folders.append(Path.home() / ".cache" / "octavo" / "kernels")
+    except RuntimeError:  # no home directory
+        pass
+    return folders
+
+
+class MachineCodeCache(NullCache):  # type: ignore[misc]
+    """One function's entry: load from any directory, save to the first writable, never raise."""
+
+    def __init__(
+        self, function: Callable[..., Any], *, body: Callable[..., Any] | None = None
+    ) -> None:
+        stamp = _source_stamp(body or function)
+        self._caches = [_directory_cache(function, path, stamp) for path in _directories()]
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        for cache in self._caches:
+            try:
+                found = cache.load_overload(sig, target_context)
+            except Exception as error:
+                # Torn file, other numba version, foreign pickle: any of them means compile anew.
+                _log.debug("unreadable machine code in %s: %r", cache.cache_path, error)
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        for cache in self._caches:
+            try:
+                cache.save_overload(sig, data)
+            except OSError as error:
+                _log.debug("cannot keep machine code in %s: %s", cache.cache_path, error)
+            else:
+                return
+
+
+def _directory_cache(function: Callable[..., Any], directory: Path, stamp: str) -> FunctionCache:
+    class Located(CompileResultCacheImpl):  # type: ignore[misc]
+        def __init__(self, py_func: Callable[..., Any]) -> None:
+            self._lineno = py_func.__code__.co_firstlineno
+            self._locator = _Locator(directory, stamp)
+            self._filename_base = self.get_filename_base(
+                py_func.__name__, sys.implementation.cache_tag
+            )
+
+    class LocatedCache(FunctionCache):  # type: ignore[misc]
+        _impl_class = Located
+
+    return LocatedCache(function)
