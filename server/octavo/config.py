@@ -6,15 +6,51 @@ The flag's help is the field's ``help`` metadata; names are vLLM's where vLLM ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _opt(default: Any, text: str, **metadata: Any) -> Any:
-    """A documented option. ``metadata``: ``choices``, ``short`` (a short flag), ``metavar``."""
+    """A documented option. ``metadata``: ``choices``, ``metavar``, ``minimum``, ``maximum``."""
     return field(default=default, metadata={"help": text, **metadata})
+
+
+def _check(config: Any) -> None:
+    """Raises ValueError saying which option, what was got and what is allowed."""
+    hints = typing.get_type_hints(type(config))
+    for option in fields(config):
+        value, meta = getattr(config, option.name), option.metadata
+        kinds = [hints[option.name]]
+        if isinstance(kinds[0], types.UnionType):
+            kinds = list(typing.get_args(kinds[0]))
+        if value is None and type(None) in kinds:
+            continue
+        choices = meta.get("choices")
+        for kind in kinds:
+            if typing.get_origin(kind) is Literal:
+                choices = typing.get_args(kind)
+        is_number = int in kinds or float in kinds
+        what = f"{option.name} must be "
+        if choices is not None:
+            if value not in choices:
+                raise ValueError(f"{what}one of {', '.join(map(str, choices))}, got {value!r}")
+        elif is_number:
+            right = (int, float) if float in kinds else (int,)
+            if not isinstance(value, right) or isinstance(value, bool):
+                raise ValueError(f"{what}a number, got {value!r}")
+            low, high = meta.get("minimum", -math.inf), meta.get("maximum", math.inf)
+            if not low <= value <= high:
+                limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise ValueError(f"{what}{limits}, got {value!r}")
+        elif bool in kinds and not isinstance(value, bool):
+            raise ValueError(f"{what}True or False, got {value!r}")
+        elif str in kinds and not isinstance(value, str):
+            raise ValueError(f"{what}text, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +69,26 @@ class ModelConfig:
     dtype: DType = _opt("auto", "of weights; auto is float32 on CPU, bfloat16 on GPU")
     device: Literal["auto", "cpu", "cuda"] = _opt("auto", "where the model runs")
     max_model_len: int | None = _opt(
-        None, "context length in tokens (also 8k, 1K); default the model's, cut to fit the cache"
+        None,
+        "context length in tokens (also 8k, 1K); default the model's, cut to fit the cache",
+        minimum=1,
     )
-    seed: int = _opt(0, "of random weights and of requests that give no seed")
+    seed: int = _opt(
+        0,
+        "of random weights and of requests that give no seed",
+        minimum=-(2**63),
+        maximum=2**64 - 1,
+    )
     generation_config: Literal["auto", "vllm"] = _opt(
         "auto", "auto takes sampling defaults from generation_config.json; vllm takes none"
     )
-    max_logprobs: int = _opt(20, "most alternatives a request may ask for per token")
-    num_threads: int | None = _opt(None, "CPU threads of the engine; default the usable cores")
+    max_logprobs: int = _opt(20, "most alternatives a request may ask for per token", minimum=0)
+    num_threads: int | None = _opt(
+        None, "CPU threads of the engine; default the usable cores", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,28 +98,42 @@ class CacheConfig:
     block_size: int = _opt(16, "tokens per K/V block", choices=(16, 32, 64, 128))
     kv_cache_dtype: DType = _opt("auto", "of cached K and V; auto is the model's dtype")
     kv_cache_memory_bytes: int | None = _opt(
-        None, "bytes of the K/V cache (also 2GiB, 512MiB); default from free memory"
+        None, "bytes of the K/V cache (also 2GiB, 512MiB); default from free memory", minimum=1
     )
-    num_gpu_blocks_override: int | None = _opt(None, "number of K/V blocks, whatever the device")
-    gpu_memory_utilization: float = _opt(0.92, "share of the GPU's memory to use")
+    num_gpu_blocks_override: int | None = _opt(
+        None, "number of K/V blocks, whatever the device", minimum=1
+    )
+    gpu_memory_utilization: float = _opt(
+        0.92, "share of the GPU's memory to use", minimum=0.01, maximum=1.0
+    )
     enable_prefix_caching: bool = _opt(True, "reuse K/V of equal prompt beginnings")
     check_kv_invariants: bool = _opt(False, "prove after each step that no block is lost or shared")
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """What runs in a step."""
 
-    max_num_seqs: int = _opt(256, "most requests running at once")
-    max_num_batched_tokens: int | None = _opt(None, "most tokens in one step; default by device")
+    max_num_seqs: int = _opt(256, "most requests running at once", minimum=1)
+    max_num_batched_tokens: int | None = _opt(
+        None, "most tokens in one step; default by device", minimum=1
+    )
     scheduling_policy: Literal["fcfs", "priority"] = _opt("fcfs", "order of waiting requests")
     long_prefill_token_threshold: int = _opt(
-        0, "most prompt tokens of one request in a step; 0 = no such limit"
+        0, "most prompt tokens of one request in a step; 0 = no such limit", minimum=0
     )
     async_scheduling: bool = _opt(True, "schedule a step while the one before it runs")
     max_num_queued_reqs: int | None = _opt(
-        None, "reject (503) requests when this many are already waiting; default no limit"
+        None,
+        "reject (503) requests when this many are already waiting; default no limit",
+        minimum=0,
     )
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +141,7 @@ class ServerConfig:
     """The HTTP front end."""
 
     host: str = _opt("0.0.0.0", "address to listen on")
-    port: int = _opt(8000, "port to listen on")
+    port: int = _opt(8000, "port to listen on", minimum=0, maximum=65535)
     uds: str | None = _opt(None, "Unix socket path to listen on instead of host and port")
     served_model_name: tuple[str, ...] = _opt(
         (), "names clients may use; the first is shown. Default the model as given"
@@ -97,7 +159,7 @@ class ServerConfig:
     root_path: str = _opt("", "path prefix set by a proxy")
     chat_template: str | None = _opt(None, "Jinja chat template: a file, or the template itself")
     response_role: str = _opt("assistant", "role of chat answers")
-    max_body_bytes: int = _opt(16 * 2**20, "largest request body")
+    max_body_bytes: int = _opt(16 * 2**20, "largest request body", minimum=1)
     enable_request_id_headers: bool = _opt(True, "answer with an X-Request-Id header")
     disable_fastapi_docs: bool = _opt(False, "no /docs and /openapi.json")
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = _opt(
@@ -106,8 +168,13 @@ class ServerConfig:
     disable_uvicorn_access_log: bool = _opt(False, "no line per HTTP request")
     enable_log_requests: bool = _opt(False, "log each request's parameters")
     disable_log_stats: bool = _opt(False, "no periodic throughput line")
-    shutdown_timeout: float = _opt(30.0, "seconds running requests may take to end at shutdown")
-    timeout_keep_alive: int = _opt(75, "seconds an idle HTTP connection is kept")
+    shutdown_timeout: float = _opt(
+        30.0, "seconds running requests may take to end at shutdown", minimum=0.0
+    )
+    timeout_keep_alive: int = _opt(75, "seconds an idle HTTP connection is kept", minimum=0)
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

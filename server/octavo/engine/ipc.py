@@ -1,0 +1,143 @@
+"""The only border between processes: typed messages over Unix sockets. Knows no room's insides.
+
+Messages are msgpack of the frozen types in `octavo.types`, decoded against their declared types,
+so a field that does not fit is an error here and nowhere later. Each direction is batched: one
+`Step` per engine step, one `AddRequests` per turn of the front end's loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from octavo.types import EngineInfo, EngineOutputs, EngineRequest
+
+
+class AddRequests(msgspec.Struct, frozen=True, tag="add"):
+    """Requests to run, in the order the engine shall see them (a fork after its parent)."""
+
+    requests: tuple[EngineRequest, ...]
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
+    """Requests to end; unknown ids are ignored."""
+
+    request_ids: tuple[str, ...]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine can generate its first token."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine could not start. ``is_user_error``: the options are wrong, not the program."""
+
+    message: str
+    is_user_error: bool
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """News of one engine step."""
+
+    outputs: EngineOutputs
+
+
+class Dead(msgspec.Struct, frozen=True, tag="dead"):
+    """The engine cannot go on and its process ends."""
+
+    reason: str
+
+
+ToEngine = AddRequests | AbortRequests
+ToFrontEnd = Ready | Failed | Step | Dead
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_TO_FRONT_END: msgspec.msgpack.Decoder[ToFrontEnd] = msgspec.msgpack.Decoder(ToFrontEnd)
+
+
+def encode(message: ToEngine | ToFrontEnd) -> bytes:
+    """Bytes of one message."""
+    return _ENCODER.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """Front end -> engine. Raises `msgspec.ValidationError` on anything else."""
+    return _TO_ENGINE.decode(data)
+
+
+def decode_to_front_end(data: bytes) -> ToFrontEnd:
+    """Engine -> front end. Raises `msgspec.ValidationError` on anything else."""
+    return _TO_FRONT_END.decode(data)
+
+
+def open_socket(context: zmq.Context[Any], address: str, *, bind: bool) -> Any:
+    """One end of the pair of sockets at `address` (``ipc://path``); the front end binds.
+
+    Queues are without a limit on purpose: what may wait is bounded by the requests that the front
+    end accepted, and a socket that blocks would stop the engine for its slowest reader.
+    """
+    socket = context.socket(zmq.PAIR)
+    socket.set(zmq.SNDHWM, 0)
+    socket.set(zmq.RCVHWM, 0)
+    socket.set(zmq.LINGER, 0)
+    if bind:
+        socket.bind(address)
+    else:
+        socket.set(zmq.RECONNECT_IVL, 5)  # ms; the front end may bind a little later
+        socket.connect(address)
+    return socket
+
+
+class EngineEnd:
+    """The engine's end of the pair: reads what has come, sends one message at a time."""
+
+    def __init__(self, address: str) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket = open_socket(self._context, address, bind=False)
+
+    def receive(self, *, wait: bool) -> list[ToEngine]:
+        """All messages that have come; with ``wait``, at least one."""
+        messages: list[ToEngine] = []
+        if wait:
+            messages.append(decode_to_engine(self._socket.recv()))
+        while True:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            messages.append(decode_to_engine(data))
+
+    def send(self, message: ToFrontEnd) -> None:
+        self._socket.send(encode(message))
+
+    def close(self) -> None:
+        """Sends what is queued, for at most a second, and closes."""
+        self._socket.close(linger=1000)
+        self._context.term()
+
+
+class FrontEnd:
+    """The front end's end of the pair, for one asyncio loop."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = open_socket(self._context, address, bind=True)
+        # Sends never wait (no high-water mark), so they need no future each.
+        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
+
+    def send(self, message: ToEngine) -> None:
+        self._sender.send(encode(message), zmq.NOBLOCK)
+
+    async def receive(self) -> ToFrontEnd:
+        """The next message; waits for it."""
+        return decode_to_front_end(await self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()

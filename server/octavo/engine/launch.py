@@ -1,0 +1,96 @@
+"""Starts and ends the engine process. Knows its command line, not what it does.
+
+The standard library only, so that ``octavo serve`` can start the engine before it imports
+anything that takes time: both processes then import and load side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from octavo.config import EngineConfig
+
+_LONGEST_SOCKET_PATH = 100  # sun_path holds 104 to 108 bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineArguments:
+    """All that the engine process is told: one JSON argument."""
+
+    config: EngineConfig
+    address: str  # of the front end's socket
+    fake_executor: bool = False  # tests: a made-up model, no torch
+    log_level: str = "info"
+
+
+class EngineProcess:
+    """The engine process from its parent's side.
+
+    Its standard input is a pipe that nobody writes to: the process ends itself when the pipe
+    closes, which the system does however the parent ends.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, fake_executor: bool = False, log_level: str = "info"
+    ) -> None:
+        self._folder = _private_folder()
+        self.address = f"ipc://{self._folder}/engine"
+        arguments = EngineArguments(
+            config=config,
+            address=self.address,
+            fake_executor=fake_executor,
+            log_level=log_level,
+        )
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "octavo.engine.process",
+                json.dumps(dataclasses.asdict(arguments)),
+            ],
+            stdin=subprocess.PIPE,
+            env=_environment(),
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the process lives; negative is the signal that killed it."""
+        return self._process.poll()
+
+    def close(self, *, timeout: float = 5.0) -> None:
+        """Waits `timeout` seconds for the process to leave by itself, then kills it."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _private_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="octavo-")
+    if len(folder) > _LONGEST_SOCKET_PATH:  # a deep TMPDIR
+        os.rmdir(folder)
+        folder = tempfile.mkdtemp(prefix="octavo-", dir="/tmp")
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    """The parent's, with the packages' roots importable: the parent may run a source tree."""
+    roots = [path for path in sys.path if path and os.path.isdir(os.path.join(path, "octavo"))]
+    kernels = [path for path in sys.path if os.path.isdir(os.path.join(path, "octavo_kernels"))]
+    inherited = os.environ.get("PYTHONPATH")
+    paths = dict.fromkeys([*roots, *kernels, *([inherited] if inherited else [])])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
