@@ -1,0 +1,127 @@
+"""matmul over packed weights, and reading rows back as embeddings; knows no layer or model.
+
+`matmul(x, w)[t, n]` is one chain of fused multiply-adds over k ascending, whatever T, the row's
+place, the number of threads or the vector width: a row's bits depend on that row alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo_kernels.matmul.cpu import gather_kernel, matmul_kernel
+from octavo_kernels.matmul.packed import PACKED_DTYPES, PackedWeight, pack_rows_, unpack
+from octavo_kernels.op import require_device
+
+__all__ = ["PackedWeight", "gather_rows", "matmul", "pack_rows_", "unpack", "warm"]
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Multiply-adds below which waking another thread costs more than it gains.
+_ALONE = 60_000
+_MAX_PARTS = 32
+
+
+def matmul(
+    x: Tensor,
+    weight: PackedWeight,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x [T, K] float32 @ W[N, K]^T (+ bias [N]) (+ residual [T, N]) -> [T, N] float32.
+
+    Weights of 16 bits are widened exactly; sums are float32. `out` may be neither x nor residual.
+    Raises ValueError for another device, dtype or shape, or for tensors that are not contiguous.
+    """
+    num_rows, n, k = _check(x, weight, bias, residual, out)
+    if out is None:
+        out = torch.empty((num_rows, n), dtype=torch.float32)
+    if num_rows:
+        data = weight.data
+        panels, _, width = data.shape
+        parts = 1 if num_rows * n * k < _ALONE else min(panels, _MAX_PARTS)
+        matmul_kernel(_NAMES[data.dtype], width // 16)(
+            parts,
+            x.data_ptr(),
+            data.data_ptr(),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            num_rows,
+            n,
+            k,
+        )
+    return out
+
+
+def _check(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+) -> tuple[int, int, int]:
+    if x.device.type != "cpu":
+        require_device("matmul", x)
+    n, k = weight.n, weight.k
+    if x.dim() != 2 or x.shape[1] != k:
+        raise ValueError(f"matmul needs x of shape [T, {k}], got {tuple(x.shape)}")
+    num_rows = x.shape[0]
+    for name, tensor, shape in (
+        ("x", x, (num_rows, k)),
+        ("bias", bias, (n,)),
+        ("residual", residual, (num_rows, n)),
+        ("out", out, (num_rows, n)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(
+                f"matmul needs {name} contiguous float32 {list(shape)}, got"
+                f" {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+            )
+    return num_rows, n, k
+
+
+def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
+    """Rows ids [T] (int32 or int64) of a packed weight, exactly: [T, K] float32.
+
+    Lets a tied embedding live only in the head's panels. Raises ValueError for another device or
+    dtype; ids out of range are the caller's error and are checked (a negative id does not wrap).
+    """
+    if ids.device.type != "cpu":
+        require_device("gather_rows", ids)
+    if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"gather_rows needs ids [T] int32 or int64, got {ids.dtype} {list(ids.shape)}"
+        )
+    num_rows = ids.shape[0]
+    out = torch.empty((num_rows, weight.k), dtype=torch.float32)
+    if num_rows:
+        low, high = ids.aminmax()
+        if int(low) < 0 or int(high) >= weight.n:
+            raise ValueError(
+                f"gather_rows needs ids in [0, {weight.n}), got {int(low)}..{int(high)}"
+            )
+        wide, data = ids.long().contiguous(), weight.data
+        gather_kernel(_NAMES[data.dtype])(
+            1 if num_rows < 16 else min(num_rows // 8, _MAX_PARTS),
+            data.data_ptr(),
+            wide.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            weight.k,
+            data.shape[2],
+        )
+    return out
+
+
+def warm(dtype: torch.dtype) -> None:
+    """Compiles, or loads from the cache, the kernels for weights of dtype."""
+    weight = PackedWeight.empty(3, 5, dtype=dtype)
+    matmul(torch.zeros(2, 5), weight)
+    gather_rows(weight, torch.zeros(1, dtype=torch.int64))
+
+
+assert tuple(_NAMES) == PACKED_DTYPES

@@ -1,0 +1,120 @@
+"""The CPU matmul over packed panels: which tile runs where. Knows addresses, no tensors.
+
+A panel is [K, NR] of the weight, contiguous, NR outputs wide. A part is a run of panels; inside
+one, a panel is read from memory once and every tile of rows is computed from it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from octavo_kernels.matmul.tile import ITEM_BYTES, make_tiles
+from octavo_kernels.parallel import Kernel, device, kernel
+from octavo_kernels.simd import (
+    LANES,
+    add,
+    first_lanes,
+    get_bf16,
+    get_f16,
+    get_f32,
+    get_i64,
+    load_f32_masked,
+    put_f32,
+    store_f32_masked,
+)
+
+# Panel width in vectors -> rows of the largest register tile: 8 x 48 fills 27 of AVX-512's 32
+# registers, 6 x 16 fills 15 of AVX2's 16 (as pairs) and 29 of NEON's 32 (as quadruples).
+TILE_ROWS = {3: 8, 1: 6}
+# A slice of a panel that stays in a core's first-level cache while all rows pass over it.
+_SLICE_BYTES = 24 * 1024
+
+
+@device
+def _add_extras(out, rows, columns, out_stride, bias, residual):  # type: ignore[no-untyped-def]
+    """out = (out + bias) + residual over one tile; either may be absent (address 0)."""
+    for r in range(rows):
+        for c in range(0, columns, LANES):
+            mask = first_lanes(columns - c)
+            at = r * out_stride + 4 * c
+            value = load_f32_masked(out + at, mask)
+            if bias != 0:
+                value = add(value, load_f32_masked(bias + 4 * c, mask))
+            if residual != 0:
+                value = add(value, load_f32_masked(residual + at, mask))
+            store_f32_masked(out + at, value, mask)
+
+
+@lru_cache(maxsize=None)
+def matmul_kernel(dtype: str, vectors: int) -> Kernel:
+    """The matmul kernel for one weight type and panel width (in 16-lane vectors)."""
+    tile_rows = TILE_ROWS[vectors]
+    run_tile = make_tiles(tile_rows, vectors, dtype)
+    width = LANES * vectors
+    row_bytes = width * ITEM_BYTES[dtype]
+    slice_rows = _SLICE_BYTES // row_bytes // 4 * 4
+
+    def body(
+        part: int,
+        num_parts: int,
+        x: int,
+        w: int,
+        out: int,
+        bias: int,
+        residual: int,
+        num_rows: int,
+        n: int,
+        k: int,
+    ) -> None:
+        num_panels = (n + width - 1) // width
+        first, end = part * num_panels // num_parts, (part + 1) * num_panels // num_parts
+        num_tiles = (num_rows + tile_rows - 1) // tile_rows
+        step = slice_rows if num_tiles > 1 else k
+        for panel in range(first, end):
+            columns = min(width, n - panel * width)
+            panel_out = out + 4 * panel * width
+            for start in range(0, max(k, 1), max(step, 1)):
+                depth = min(step, k - start)
+                panel_w = w + (panel * k + start) * row_bytes
+                for tile in range(num_tiles):
+                    # Even tiles: 16 rows over 6-row tiles are 6, 5, 5 rather than 6, 6, 4.
+                    row = tile * num_rows // num_tiles
+                    rows = (tile + 1) * num_rows // num_tiles - row
+                    tile_out = panel_out + row * n * 4
+                    run_tile(
+                        rows,
+                        x + (row * k + start) * 4,
+                        k * 4,
+                        panel_w,
+                        depth,
+                        tile_out,
+                        n * 4,
+                        columns,
+                        start,
+                    )
+                    if start + depth >= k and (bias != 0 or residual != 0):
+                        left = bias + 4 * panel * width if bias != 0 else 0
+                        right = residual + (tile_out - out) if residual != 0 else 0
+                        _add_extras(tile_out, rows, columns, n * 4, left, right)
+
+    body.__name__ = f"matmul_{dtype}_{width}"
+    return kernel(body)
+
+
+@lru_cache(maxsize=None)
+def gather_kernel(dtype: str) -> Kernel:
+    """The kernel that reads rows back out of panels, for one weight type."""
+    get = {"float32": get_f32, "bfloat16": get_bf16, "float16": get_f16}[dtype]
+    item = ITEM_BYTES[dtype]
+
+    def body(
+        part: int, num_parts: int, w: int, ids: int, out: int, num_rows: int, k: int, width: int
+    ) -> None:
+        for row in range(part * num_rows // num_parts, (part + 1) * num_rows // num_parts):
+            index = get_i64(ids + 8 * row)
+            source = w + (index // width * k * width + index % width) * item
+            for i in range(k):
+                put_f32(out + 4 * (row * k + i), get(source + i * width * item))
+
+    body.__name__ = f"gather_rows_{dtype}"
+    return kernel(body)
