@@ -1,0 +1,175 @@
+"""Causal attention of packed query tokens over a paged cache. Knows shapes, not models or schedules."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo_kernels import parallel
+from octavo_kernels.paged_attention import cpu
+from octavo_kernels.paged_attention.reference import paged_attention_reference
+
+__all__ = ["kv_cache_shapes", "paged_attention", "paged_attention_reference", "warm"]
+
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_HEAD_DIM = 256
+_ATTEND = {
+    torch.float32: cpu.attend_float32,
+    torch.bfloat16: cpu.attend_bfloat16,
+    torch.float16: cpu.attend_float16,
+}
+# Multiply-adds of one kind (scores or values) below which waking a thread costs more than it saves.
+_SERIAL_COST = 1 << 15
+
+
+def kv_cache_shapes(
+    num_blocks: int, *, block_size: int, num_kv_heads: int, head_dim: int
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Shapes of one layer's key and value cache: K [B, K, H, BLOCK] and V [B, K, BLOCK, H].
+
+    Keys lie transposed inside a block, so that 16 neighbouring tokens' keys are one vector.
+    Raises ValueError for a block size or head size the kernels cannot read.
+    """
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
+    if head_dim % 16 or not 16 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head_dim must be a multiple of 16 between 16 and {MAX_HEAD_DIM}, got {head_dim}"
+        )
+    return (
+        (num_blocks, num_kv_heads, head_dim, block_size),
+        (num_blocks, num_kv_heads, block_size, head_dim),
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sliding_window: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of every query token to its request's keys up to and including itself.
+
+    q: [T, N, H] float32; the rows of T may be strided (a view of qkv), [N, H] is dense.
+    k_cache, v_cache: `kv_cache_shapes`, float32, bfloat16 or float16, widened when read.
+    block_tables: [R, max_blocks] int32, dense in its last dimension; query_start_loc: [R + 1] int32
+    with last entry T; seq_lens: [R] int32, tokens present in the cache, this step's included. Query i
+    of request r stands at position seq_lens[r] - query_len[r] + i.
+    sliding_window: 0, or the number of newest positions a token sees, itself included.
+    Returns out [T, N * H] float32. A row's bits depend on its own query and keys alone, not on the
+    batch, the chunking or the number of threads; slots it does not see are never part of it.
+    Raises ValueError for shapes, dtypes or tables the kernel cannot take.
+    """
+    if q.device.type != "cpu":
+        raise ValueError(f"paged_attention has kernels for cpu, got a tensor on {q.device}")
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, num_kv_heads, _, block_size = k_cache.shape
+    attend = _check(q, k_cache, v_cache)
+    _check_tables(block_tables, query_start_loc, seq_lens)
+    if sliding_window < 0:
+        raise ValueError(f"sliding_window must be at least 0, got {sliding_window}")
+    if out is None:
+        out = torch.empty(num_tokens, num_heads * head_dim)
+    elif out.shape != (num_tokens, num_heads * head_dim) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous [{num_tokens}, {num_heads * head_dim}]")
+    num_requests, max_blocks = block_tables.shape
+    if num_tokens == 0:
+        return out
+    group = num_heads // num_kv_heads
+    threads = parallel.num_threads()
+    starts, lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
+    plan = np.zeros(8, np.int64)
+    plan_at = plan.ctypes.data
+    cpu.make_plan(1, starts, lens, num_requests, num_tokens, max_blocks * block_size, num_kv_heads,
+                  group, head_dim, sliding_window, threads, plan_at)
+    chunk, items, split, cost, status, *_ = plan.tolist()
+    if status:
+        _refuse(plan, query_start_loc, seq_lens, num_tokens, max_blocks * block_size)
+    max_rows = chunk * group
+    scratch_floats = cpu.WORK_FLOATS + max_rows * (3 * head_dim + cpu.LANES + 3)
+    scratch_floats = -(-scratch_floats // 16) * 16
+    parts = 1 if cost < _SERIAL_COST else min(threads, items)
+    partial_floats = items * max_rows * (head_dim + cpu.LANES + 1) if split else 0
+    scratch = torch.empty(parts * scratch_floats + partial_floats)
+    partials = scratch.data_ptr() + 4 * parts * scratch_floats
+    attend(parts, q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
+           block_tables.data_ptr(), block_tables.stride(0), starts, lens, num_requests,
+           out.data_ptr(), scratch.data_ptr(), 4 * scratch_floats, partials, plan_at, num_kv_heads,
+           group, head_dim, block_size, num_blocks, sliding_window, scale * cpu.LOG2_E)
+    if split:
+        cpu.merge(1, starts, lens, num_requests, out.data_ptr(), partials, plan_at, num_kv_heads,
+                  group, head_dim, sliding_window)
+    if plan[cpu.STATUS]:
+        _refuse(plan, query_start_loc, seq_lens, num_tokens, num_blocks)
+    return out
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> parallel.Kernel:
+    num_heads, head_dim = q.shape[1:]
+    num_blocks, num_kv_heads, _, block_size = k_cache.shape
+    shapes = kv_cache_shapes(
+        num_blocks, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim
+    )
+    if (k_cache.shape, v_cache.shape) != shapes:
+        raise ValueError(
+            f"caches must be {shapes[0]} and {shapes[1]} for head_dim {head_dim}, "
+            f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
+    if q.dtype != torch.float32 or q.stride(2) != 1 or q.stride(1) != head_dim:
+        raise ValueError(f"q must be float32 with dense heads, got {q.dtype} strides {q.stride()}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of {num_kv_heads}, got {num_heads}")
+    attend = _ATTEND.get(k_cache.dtype)
+    if attend is None or v_cache.dtype != k_cache.dtype:
+        raise ValueError(
+            f"cache dtype must be one of {[str(d) for d in _ATTEND]}, "
+            f"got {k_cache.dtype} and {v_cache.dtype}"
+        )
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("k_cache and v_cache must be contiguous")
+    return attend
+
+
+def _check_tables(block_tables: Tensor, query_start_loc: Tensor, seq_lens: Tensor) -> None:
+    num_requests = block_tables.shape[0]
+    if query_start_loc.shape[0] != num_requests + 1 or seq_lens.shape[0] != num_requests:
+        raise ValueError(
+            f"{num_requests} block tables need {num_requests + 1} starts and {num_requests} "
+            f"lengths, got {query_start_loc.shape[0]} and {seq_lens.shape[0]}"
+        )
+    int32 = torch.int32
+    if not block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == int32:
+        raise ValueError("block_tables, query_start_loc and seq_lens must be int32")
+    if block_tables.stride(1) != 1 or not (
+        query_start_loc.is_contiguous() and seq_lens.is_contiguous()
+    ):
+        raise ValueError("block_tables rows, query_start_loc and seq_lens must be dense")
+
+
+def _refuse(
+    plan: np.ndarray, query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int, limit: int
+) -> None:
+    status, culprit = int(plan[cpu.STATUS]), int(plan[cpu.CULPRIT])
+    if status == cpu.BAD_BLOCK:
+        raise ValueError(f"block_tables names block {culprit}, allowed are 0 to {limit - 1}")
+    if status == cpu.BAD_LENGTH:
+        raise ValueError(
+            f"seq_lens[{culprit}] must be at least its query length and at most {limit}, "
+            f"got {int(seq_lens[culprit])}"
+        )
+    raise ValueError(
+        f"query_start_loc must ascend from 0 to {num_tokens}, got {query_start_loc.tolist()}"
+    )
+
+
+def warm(*, cache_dtype: torch.dtype) -> None:
+    """Compile, or load from disk, every kernel a server with this cache dtype calls."""
+    for entry in (cpu.make_plan, _ATTEND[cache_dtype], cpu.merge):
+        assert entry.address

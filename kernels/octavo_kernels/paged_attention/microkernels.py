@@ -1,0 +1,271 @@
+"""Vector loops of attention over one tile of 64 keys, written as LLVM IR. Know addresses, not requests.
+
+Every loop keeps one chain of fused multiply-adds per (row, key) or (row, value column), so the number of
+rows handled together never changes a bit of any row. Addresses are int64; strides are bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+from octavo_kernels.simd import LANES, call_llvm, emit_load, emit_splat, pointer
+
+TILE = 64  # keys; a tile starts at a multiple of TILE
+SUBS = TILE // LANES
+MAX_ROWS = 6  # rows of the widest register tile: 6 x 4 accumulators of 16 lanes fill AVX-512
+
+F32 = ir.FloatType()
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+VEC = ir.VectorType(F32, LANES)
+VEC_I32 = ir.VectorType(I32, LANES)
+
+# A value of one of these types tells the loops how the cache is stored.
+_STORAGE = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16"}
+# Minimax polynomial of 2**f on [-0.5, 0.5] (Lawson fit), relative error 2e-9 before rounding.
+_EXP2 = (
+    1.0,
+    0.6931472028552508,
+    0.24022647913611017,
+    0.055503324707023925,
+    0.009618437358500537,
+    0.0013398874588408567,
+    0.00015353362059506692,
+)
+_MAGIC = 12582912.0  # 1.5 * 2**23: adding it rounds a float to the nearest integer
+
+
+def _const(value: float) -> Any:
+    rounded = struct.unpack("f", struct.pack("f", value))[0]
+    return ir.Constant(VEC, [ir.Constant(F32, rounded)] * LANES)
+
+
+def _vectors_per_loop() -> int:
+    """Key or column vectors of one register tile: 32 wide registers hold four, others one."""
+    return SUBS if binding.get_host_cpu_features().get("avx512f", False) else 1
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return call_llvm(builder, "llvm.fma.v16f32", VEC, [a, b, c])
+
+
+def _load(builder: Any, address: Any, kind: Any = VEC, align: int = 4) -> Any:
+    return builder.load(pointer(builder, address, kind), align=align)
+
+
+def _store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, pointer(builder, address, value.type), align=4)
+
+
+def _offset(builder: Any, address: Any, nbytes: int) -> Any:
+    return builder.add(address, I64(nbytes)) if nbytes else address
+
+
+def _exp2(builder: Any, x: Any) -> Any:
+    """2**x for x <= 0, exactly 0 below -126.5 and for -inf; NaN stays NaN."""
+    low = builder.fcmp_ordered("<", x, _const(-127.0))
+    x = builder.select(low, _const(-127.0), x)
+    shifted = builder.fadd(x, _const(_MAGIC))
+    f = builder.fsub(x, builder.fsub(shifted, _const(_MAGIC)))
+    y = _const(_EXP2[6])
+    for c in reversed(_EXP2[:6]):
+        y = _fma(builder, y, f, _const(c))
+    n = builder.add(builder.bitcast(shifted, VEC_I32), ir.Constant(VEC_I32, [127] * LANES))
+    scale = builder.bitcast(builder.shl(n, ir.Constant(VEC_I32, [23] * LANES)), VEC)
+    return builder.fmul(y, scale)
+
+
+def _max(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _reduce_max(builder: Any, x: Any) -> Any:
+    width = LANES
+    while width > 1:
+        width //= 2
+        lanes = [i + width if i < width else i for i in range(LANES)]
+        x = _max(builder, x, builder.shuffle_vector(x, x, ir.Constant(VEC_I32, lanes)))
+    return builder.extract_element(x, I32(0))
+
+
+class _Loop:
+    """`for i in range(start, stop)` with carried vectors; `index` and `carried` are valid inside."""
+
+    def __init__(self, builder: Any, start: Any, stop: Any, initial: list[Any]) -> None:
+        self._builder = builder
+        before = builder.block
+        self._head = builder.append_basic_block("tile.head")
+        self._exit = builder.append_basic_block("tile.exit")
+        body = builder.append_basic_block("tile.body")
+        builder.branch(self._head)
+        builder.position_at_end(self._head)
+        self.index = builder.phi(I64)
+        self.index.add_incoming(start, before)
+        self.carried = []
+        for value in initial:
+            phi = builder.phi(value.type)
+            phi.add_incoming(value, before)
+            self.carried.append(phi)
+        builder.cbranch(builder.icmp_signed("<", self.index, stop), body, self._exit)
+        builder.position_at_end(body)
+
+    def close(self, updated: list[Any]) -> list[Any]:
+        builder = self._builder
+        self.index.add_incoming(builder.add(self.index, I64(1)), builder.block)
+        for phi, value in zip(self.carried, updated, strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(self._head)
+        builder.position_at_end(self._exit)
+        return list(self.carried)
+
+
+@intrinsic(prefer_literal=True)
+def scores(typingctx, tag, rows, q, keys, key_stride, out, dim):
+    """out[row, key] = sum over h ascending of q[row, h] * K[h, key], for `rows` rows and 64 keys.
+
+    `q` addresses packed float32 rows of `dim`; `keys` addresses 4 int64 addresses, each of 16 neighbouring
+    keys at h = 0; `key_stride` is the distance between two h.
+    """
+    rows_n = rows.literal_value
+    sig = types.void(tag, rows, *([types.int64] * 5))
+
+    def codegen(context, builder, signature, args):
+        _, _, q_, keys_, stride, out_, dim_ = args
+        group_n = _vectors_per_loop()
+        row_bytes = builder.mul(dim_, I64(4))
+        q_rows = [builder.add(q_, builder.mul(row_bytes, I64(r))) for r in range(rows_n)]
+        for first in range(0, SUBS, group_n):
+            bases = [
+                _load(builder, _offset(builder, keys_, 8 * (first + s)), I64, 8)
+                for s in range(group_n)
+            ]
+            zero = [_const(0.0)] * (rows_n * group_n)
+            loop = _Loop(builder, I64(0), dim_, zero)
+            shift = builder.mul(loop.index, stride)
+            k = [emit_load(builder, builder.add(b, shift), _STORAGE[tag]) for b in bases]
+            at = builder.mul(loop.index, I64(4))
+            updated = []
+            for r in range(rows_n):
+                value = emit_splat(builder, _load(builder, builder.add(q_rows[r], at), F32))
+                for s in range(group_n):
+                    updated.append(_fma(builder, value, k[s], loop.carried[r * group_n + s]))
+            total = loop.close(updated)
+            for r in range(rows_n):
+                for s in range(group_n):
+                    place = 4 * (r * TILE + (first + s) * LANES)
+                    _store(builder, total[r * group_n + s], _offset(builder, out_, place))
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@intrinsic
+def softmax_step(typingctx, row, max_at, sum_at, lo, hi):
+    """Turn one row of 64 scores (base-2 logits) into probabilities in place and update max and sums.
+
+    Keys outside [lo, hi) count as -inf whatever their score holds. Returns the factor by which the row's
+    accumulator is to be multiplied. `sum_at` addresses 16 lane sums.
+    """
+    sig = types.float32(*([types.int64] * 5))
+
+    def codegen(context, builder, signature, args):
+        row_, max_, sum_, lo_, hi_ = args
+        low = emit_splat(builder, builder.trunc(lo_, I32))
+        high = emit_splat(builder, builder.trunc(hi_, I32))
+        values = []
+        for s in range(SUBS):
+            lane = ir.Constant(VEC_I32, list(range(s * LANES, (s + 1) * LANES)))
+            inside = builder.and_(
+                builder.icmp_signed(">=", lane, low), builder.icmp_signed("<", lane, high)
+            )
+            value = _load(builder, _offset(builder, row_, 4 * s * LANES))
+            values.append(builder.select(inside, value, _const(float("-inf"))))
+        top = _max(builder, _max(builder, values[0], values[1]),
+                   _max(builder, values[2], values[3]))
+        old = _load(builder, max_, F32)
+        new = _max(builder, _reduce_max(builder, top), old)
+        new_all = emit_splat(builder, new)
+        p = [_exp2(builder, builder.fsub(v, new_all)) for v in values]
+        for s in range(SUBS):
+            _store(builder, p[s], _offset(builder, row_, 4 * s * LANES))
+        factor = _exp2(builder, builder.fsub(emit_splat(builder, old), new_all))
+        tile_sum = builder.fadd(builder.fadd(p[0], p[1]), builder.fadd(p[2], p[3]))
+        _store(builder, _fma(builder, _load(builder, sum_), factor, tile_sum), sum_)
+        _store(builder, new, max_)
+        return builder.extract_element(factor, I32(0))
+
+    return sig, codegen
+
+
+@intrinsic(prefer_literal=True)
+def weigh(typingctx, tag, rows, vectors, p, values, value_shift, value_stride, acc, acc_stride,
+          factors, lo, hi):
+    """acc[row, col] = acc * factors[row] + sum over keys lo..hi-1 ascending of p[row, key] * V[key, col].
+
+    Handles `rows` x (16 * `vectors`) columns. `values` addresses 4 int64 addresses, each of the first of
+    16 neighbouring keys, to be moved by `value_shift`; `value_stride` is the distance between two keys.
+    Keys outside [lo, hi) are not read.
+    """
+    rows_n, vectors_n = rows.literal_value, vectors.literal_value
+    sig = types.void(tag, rows, vectors, *([types.int64] * 9))
+
+    def codegen(context, builder, signature, args):
+        _, _, _, p_, values_, shift, stride, acc_, acc_stride_, factors_, lo_, hi_ = args
+        itemsize = 4 if tag == types.float32 else 2
+        row_at = [builder.add(acc_, builder.mul(acc_stride_, I64(r))) for r in range(rows_n)]
+        together = min(vectors_n, _vectors_per_loop())
+        for first in range(0, vectors_n, together):
+            columns = range(first, first + together)
+            places, initial = [], []
+            for r in range(rows_n):
+                factor = emit_splat(builder, _load(builder, _offset(builder, factors_, 4 * r), F32))
+                for c in columns:
+                    place = _offset(builder, row_at[r], 4 * LANES * c)
+                    places.append(place)
+                    initial.append(builder.fmul(_load(builder, place), factor))
+            loop = _Loop(builder, lo_, hi_, initial)
+            sub = builder.mul(builder.lshr(loop.index, I64(4)), I64(8))
+            base = builder.add(_load(builder, builder.add(values_, sub), I64, 8), shift)
+            within = builder.and_(loop.index, I64(LANES - 1))
+            base = builder.add(base, builder.mul(within, stride))
+            v = [
+                emit_load(builder, _offset(builder, base, itemsize * LANES * c), _STORAGE[tag])
+                for c in columns
+            ]
+            at = builder.add(p_, builder.mul(loop.index, I64(4)))
+            updated = []
+            for r in range(rows_n):
+                weight = emit_splat(builder, _load(builder, _offset(builder, at, 4 * TILE * r), F32))
+                for c in range(together):
+                    updated.append(_fma(builder, weight, v[c], loop.carried[r * together + c]))
+            for place, value in zip(places, loop.close(updated), strict=True):
+                _store(builder, value, place)
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@intrinsic
+def exp2(typingctx, x):
+    """2**x of one float x <= 0, by the same polynomial as the tiles."""
+
+    def codegen(context, builder, signature, args):
+        return builder.extract_element(_exp2(builder, emit_splat(builder, args[0])), I32(0))
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def claim(typingctx, counter):
+    """Fetch and increment the int64 at `counter`; every thread gets another number."""
+
+    def codegen(context, builder, signature, args):
+        where = pointer(builder, args[0], I64)
+        return builder.atomic_rmw("add", where, I64(1), "monotonic")
+
+    return types.int64(types.int64), codegen
