@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +189,8 @@ def apply_logit_params(
     if workspace is None:
         workspace = Workspace.create(vocab_size)
     assert workspace.vocab_size == vocab_size
-    p = params
+    addresses = [getattr(params, name).data_ptr() for name in cpu_params.COLUMNS]
+    table = np.array(addresses, np.int64)
     cpu_params.apply_params(
         min(rows.shape[0], workspace.num_parts),
         logits.data_ptr(),
@@ -197,30 +199,8 @@ def apply_logit_params(
         rows.data_ptr(),
         slots.data_ptr(),
         rows.shape[0],
-        p.token_ids.data_ptr(),
-        p.token_ids.shape[1],
-        p.num_prompt_tokens.data_ptr(),
-        p.num_tokens.data_ptr(),
-        p.num_tokens.shape[0],
-        p.repetition_penalty.data_ptr(),
-        p.frequency_penalty.data_ptr(),
-        p.presence_penalty.data_ptr(),
-        p.min_tokens.data_ptr(),
-        p.bias_starts.data_ptr(),
-        p.bias_ids.data_ptr(),
-        p.bias_values.data_ptr(),
-        p.bias_ids.shape[0],
-        p.allowed_starts.data_ptr(),
-        p.allowed_ids.data_ptr(),
-        p.allowed_ids.shape[0],
-        p.bad_starts.data_ptr(),
-        p.word_starts.shape[0] - 1,
-        p.word_starts.data_ptr(),
-        p.bad_ids.data_ptr(),
-        p.bad_ids.shape[0],
-        p.stop_starts.data_ptr(),
-        p.stop_ids.data_ptr(),
-        p.stop_ids.shape[0],
+        table.ctypes.data,
+        *params.token_ids.shape,
         workspace.counts.data_ptr(),
     )
 

@@ -15,6 +15,32 @@ from numba import carray, float32, int32, int64
 from octavo_kernels.parallel import device, kernel
 from octavo_kernels.sampling.scalars import address_of
 
+# Columns of `LogitParams` in the order in which the kernel takes their addresses.
+COLUMNS = (
+    "token_ids",
+    "num_prompt_tokens",
+    "num_tokens",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "min_tokens",
+    "bias_starts",
+    "bias_ids",
+    "bias_values",
+    "allowed_starts",
+    "allowed_ids",
+    "bad_starts",
+    "word_starts",
+    "bad_ids",
+    "stop_starts",
+    "stop_ids",
+)
+_NUM_COLUMNS = len(COLUMNS)
+_PLACES = range(_NUM_COLUMNS)
+(TOKEN_IDS, NUM_PROMPT, NUM_TOKENS, REPETITION, FREQUENCY, PRESENCE, MIN_TOKENS) = _PLACES[:7]
+(BIAS_STARTS, BIAS_IDS, BIAS_VALUES, ALLOWED_STARTS, ALLOWED_IDS) = _PLACES[7:12]
+(BAD_STARTS, WORD_STARTS, BAD_IDS, STOP_STARTS, STOP_IDS) = _PLACES[12:]
+
 _MINUS_INF = np.float32(-np.inf)
 
 
@@ -77,6 +103,54 @@ def _penalise(x, prompt, output, repetition, frequency, presence, counts):
             x[token] = value
 
 
+@device
+def _ints(table, place, size):
+    return carray(address_of(int32, table[place]), (size,))
+
+
+@device
+def _floats(table, place, size):
+    return carray(address_of(float32, table[place]), (size,))
+
+
+@device
+def _part(table, starts_place, ids_place, slot, num_slots):
+    """The ids that belong to a slot."""
+    starts = _ints(table, starts_place, num_slots + 1)
+    return _ints(table, ids_place, starts[num_slots])[starts[slot] : starts[slot + 1]]
+
+
+@device
+def _apply_row(x, slot, num_slots, token_stride, table, counts):
+    num_prompt = _ints(table, NUM_PROMPT, num_slots)[slot]
+    num_tokens = _ints(table, NUM_TOKENS, num_slots)[slot]
+    tokens = carray(address_of(int32, table[TOKEN_IDS]), (num_slots, token_stride))[slot]
+    prompt, output = tokens[:num_prompt], tokens[num_prompt:num_tokens]
+    allowed = _part(table, ALLOWED_STARTS, ALLOWED_IDS, slot, num_slots)
+    if allowed.shape[0]:
+        _keep_allowed(x, allowed, counts)
+    bad_starts = _ints(table, BAD_STARTS, num_slots + 1)
+    word_starts = _ints(table, WORD_STARTS, bad_starts[num_slots] + 1)
+    bad_ids = _ints(table, BAD_IDS, word_starts[bad_starts[num_slots]])
+    _forbid_bad_words(x, output, bad_starts[slot], bad_starts[slot + 1], word_starts, bad_ids)
+    if output.shape[0] < _ints(table, MIN_TOKENS, num_slots)[slot]:
+        stop_ids = _part(table, STOP_STARTS, STOP_IDS, slot, num_slots)
+        for i in range(stop_ids.shape[0]):
+            if 0 <= stop_ids[i] < x.shape[0]:
+                x[stop_ids[i]] = _MINUS_INF
+    bias_starts = _ints(table, BIAS_STARTS, num_slots + 1)
+    bias_ids = _ints(table, BIAS_IDS, bias_starts[num_slots])
+    bias_values = _floats(table, BIAS_VALUES, bias_starts[num_slots])
+    for i in range(bias_starts[slot], bias_starts[slot + 1]):
+        if 0 <= bias_ids[i] < x.shape[0]:
+            x[bias_ids[i]] += bias_values[i]
+    repetition = _floats(table, REPETITION, num_slots)[slot]
+    frequency = _floats(table, FREQUENCY, num_slots)[slot]
+    presence = _floats(table, PRESENCE, num_slots)[slot]
+    if repetition != 1.0 or frequency != 0.0 or presence != 0.0:
+        _penalise(x, prompt, output, repetition, frequency, presence, counts)
+
+
 @kernel
 def apply_params(
     part,  # listed rows part, part + num_parts, ... ; counts `part`
@@ -85,70 +159,17 @@ def apply_params(
     num_rows,
     vocab_size,
     listed_at,  # [L] int32: rows of logits that have parameters
-    slots_at,  # [L] int32: their rows in everything below
+    slots_at,  # [L] int32: their slots
     num_listed,
-    token_ids_at,  # [N, token_stride] int32
-    token_stride,
-    num_prompt_at,  # [N] int32
-    num_tokens_at,  # [N] int32
+    table_at,  # [17] int64: addresses of the columns, in the order of COLUMNS
     num_slots,
-    repetition_at,  # [N] float32
-    frequency_at,  # [N] float32
-    presence_at,  # [N] float32
-    min_tokens_at,  # [N] int32
-    bias_starts_at,  # [N + 1] int32
-    bias_ids_at,
-    bias_values_at,  # float32
-    num_bias,
-    allowed_starts_at,  # [N + 1] int32
-    allowed_ids_at,
-    num_allowed,
-    bad_starts_at,  # [N + 1] int32, into words
-    num_words,
-    word_starts_at,  # [W + 1] int32, into ids
-    bad_ids_at,
-    num_bad,
-    stop_starts_at,  # [N + 1] int32
-    stop_ids_at,
-    num_stop,
-    counts_at,  # [num_parts, V] int32, zeros
+    token_stride,  # tokens per slot
+    counts_at,  # [num_parts, V] int32, zeros before and after
 ):
     logits = carray(address_of(float32, logits_at), (num_rows, vocab_size))
     listed = carray(address_of(int32, listed_at), (num_listed,))
     slots = carray(address_of(int32, slots_at), (num_listed,))
-    token_ids = carray(address_of(int32, token_ids_at), (num_slots, token_stride))
-    num_prompt = carray(address_of(int32, num_prompt_at), (num_slots,))
-    num_tokens = carray(address_of(int32, num_tokens_at), (num_slots,))
-    repetition = carray(address_of(float32, repetition_at), (num_slots,))
-    frequency = carray(address_of(float32, frequency_at), (num_slots,))
-    presence = carray(address_of(float32, presence_at), (num_slots,))
-    min_tokens = carray(address_of(int32, min_tokens_at), (num_slots,))
-    bias_starts = carray(address_of(int32, bias_starts_at), (num_slots + 1,))
-    bias_ids = carray(address_of(int32, bias_ids_at), (num_bias,))
-    bias_values = carray(address_of(float32, bias_values_at), (num_bias,))
-    allowed_starts = carray(address_of(int32, allowed_starts_at), (num_slots + 1,))
-    allowed_ids = carray(address_of(int32, allowed_ids_at), (num_allowed,))
-    bad_starts = carray(address_of(int32, bad_starts_at), (num_slots + 1,))
-    word_starts = carray(address_of(int32, word_starts_at), (num_words + 1,))
-    bad_ids = carray(address_of(int32, bad_ids_at), (num_bad,))
-    stop_starts = carray(address_of(int32, stop_starts_at), (num_slots + 1,))
-    stop_ids = carray(address_of(int32, stop_ids_at), (num_stop,))
+    table = carray(address_of(int64, table_at), (_NUM_COLUMNS,))
     counts = carray(address_of(int32, counts_at), (num_parts, vocab_size))[part]
     for i in range(part, num_listed, num_parts):
-        x, slot = logits[listed[i]], int64(slots[i])
-        prompt = token_ids[slot, : num_prompt[slot]]
-        output = token_ids[slot, num_prompt[slot] : num_tokens[slot]]
-        if allowed_starts[slot] < allowed_starts[slot + 1]:
-            allowed = allowed_ids[allowed_starts[slot] : allowed_starts[slot + 1]]
-            _keep_allowed(x, allowed, counts)
-        first_word, end_word = bad_starts[slot], bad_starts[slot + 1]
-        _forbid_bad_words(x, output, first_word, end_word, word_starts, bad_ids)
-        if output.shape[0] < min_tokens[slot]:
-            for j in range(stop_starts[slot], stop_starts[slot + 1]):
-                if 0 <= stop_ids[j] < vocab_size:
-                    x[stop_ids[j]] = _MINUS_INF
-        for j in range(bias_starts[slot], bias_starts[slot + 1]):
-            if 0 <= bias_ids[j] < vocab_size:
-                x[bias_ids[j]] += bias_values[j]
-        if repetition[slot] != 1.0 or frequency[slot] != 0.0 or presence[slot] != 0.0:
-            _penalise(x, prompt, output, repetition[slot], frequency[slot], presence[slot], counts)
+        _apply_row(logits[listed[i]], int64(slots[i]), num_slots, token_stride, table, counts)

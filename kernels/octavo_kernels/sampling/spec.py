@@ -40,7 +40,7 @@ def _sample_inputs(
     }
 
 
-def _sample_tokens(logits: Tensor, **columns: Tensor) -> Tensor:
+def _sample_tokens(logits: Tensor, **columns: Any) -> Tensor:
     return sample(logits, **columns)[0]
 
 
