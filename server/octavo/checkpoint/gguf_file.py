@@ -93,8 +93,9 @@ class GGUFFile:
         if self._size == 0:
             raise ValueError(f"{path} is empty, not a GGUF file")
         with path.open("rb") as handle:
-            # Pages of the header are all that is read here.
-            self._buffer = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            # Pages of the header are all that is read here; private, as torch wants memory it could
+            # write to.
+            self._buffer = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         self._at = 0
         self._where = "its header"
         try:

@@ -229,10 +229,12 @@ def _post_processor(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str,
         names.append("eos")
     if not names:
         return None
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names}
-    missing = [name for name, index in ids.items() if index is None]
-    if missing:
-        raise ValueError(f"GGUF metadata has no tokenizer.ggml.{missing[0]}_token_id")
+    ids: dict[str, int] = {}
+    for name in names:
+        index = metadata.get(key := f"tokenizer.ggml.{name}_token_id")
+        if index is None or not 0 <= index < len(tokens):
+            raise ValueError(f"GGUF metadata must have {key} below {len(tokens)}, got {index}")
+        ids[name] = index
     marks = {name: {"SpecialToken": {"id": tokens[ids[name]], "type_id": 0}} for name in names}
 
     def around(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""What attention needs to know of a batch and of a layer. Knows shapes; computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """Where the tokens of one step stand, and where their requests' K/V lie.
+
+    Requests are packed one after the other: tokens ``[query_start_loc[r], query_start_loc[r + 1])``
+    are request ``r``'s newest, the last of them at position ``seq_lens[r] - 1``.
+    """
+
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int32, block * block_size + offset; -1 = keep no K/V
+    block_tables: Tensor  # [R, max_blocks] int32
+    query_start_loc: Tensor  # [R + 1] int32
+    seq_lens: Tensor  # [R] int32, tokens with K/V once this step's are written
+
+
+class KVLayer(NamedTuple):
+    """One layer's cached keys and values; their layout is the backend's own."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCacheSpec:
+    """The K/V cache of a model: all its layers share block ids and have equal blocks."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayer:
+    """What is fixed about one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int  # position p sees (p - window, p]; 0 = everything
+    cos: Tensor  # [P, rotary_dim / 2] float32
+    sin: Tensor  # [P, rotary_dim / 2] float32
+    eps: float  # of q_norm and k_norm
+    q_norm: Tensor | None = None  # [H]: RMS norm of each head before it rotates
+    k_norm: Tensor | None = None  # [H]
+
+
+class AttentionBackend(Protocol):
+    """Rotary embedding, cache and attention of one kind of device."""
+
+    def allocate(self, spec: KVCacheSpec, *, num_blocks: int) -> list[KVLayer]:
+        """Caches of all layers, not initialised: pages are touched when they are first written.
+        Raises `ValueError` for a head or block size the kernels cannot read."""
+
+    def block_bytes(self, spec: KVCacheSpec) -> int:
+        """Bytes that one block takes over all layers."""
+
+    def forward(
+        self, qkv_TC: Tensor, *, layer: AttentionLayer, attn: AttentionMetadata, kv: KVLayer
+    ) -> Tensor:
+        """Rotates q and k, writes k and v to their slots, attends: [T, (N + 2K) H] -> [T, N H].
+
+        ``qkv_TC`` is scratch afterwards.
+        """
+
+    def copy_blocks(self, kv_caches: Sequence[KVLayer], *, src: Tensor, dst: Tensor) -> None:
+        """Copies whole blocks ``src[i]`` to ``dst[i]`` (int32 or int64) in every layer."""

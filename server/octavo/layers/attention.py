@@ -1,0 +1,59 @@
+"""Self-attention of one decoder layer: projections around a backend. Knows no device, no cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from octavo.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata, KVLayer
+from octavo.layers.linear import Linear
+from octavo.layers.slot import WeightSlot, vector_slot
+
+
+class SelfAttention:
+    """q, k and v in one projection, the backend's attention, and the output projection.
+
+    ``qk_norm`` gives each head of q and k an RMS norm of its own before it rotates.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        layer: AttentionLayer,
+        backend: AttentionBackend,
+        qk_norm: bool,
+        qkv_bias: bool,
+        output_bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+        if qk_norm:
+            layer = replace(
+                layer, q_norm=torch.ones(layer.head_dim), k_norm=torch.ones(layer.head_dim)
+            )
+        self.layer = layer
+        self.backend = backend
+        self.qkv = Linear(
+            hidden_size,
+            parts={"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            bias=qkv_bias,
+            dtype=dtype,
+        )
+        self.output = Linear(q_size, parts={"o_proj": hidden_size}, bias=output_bias, dtype=dtype)
+
+    def __call__(
+        self, x_TD: Tensor, *, residual: Tensor, attn: AttentionMetadata, kv: KVLayer
+    ) -> Tensor:
+        """[T, D] float32 -> residual + attention of it, [T, D] float32."""
+        context = self.backend.forward(self.qkv(x_TD), layer=self.layer, attn=attn, kv=kv)
+        return self.output(context, residual=residual)
+
+    def slots(self, prefix: str) -> dict[str, WeightSlot]:
+        slots = {**self.qkv.slots(prefix), **self.output.slots(prefix)}
+        for name, weight in (("q_norm", self.layer.q_norm), ("k_norm", self.layer.k_norm)):
+            if weight is not None:
+                slots[f"{prefix}{name}.weight"] = vector_slot(weight, kind="norm")
+        return slots

@@ -1,0 +1,32 @@
+"""A place in a layer that one checkpoint tensor fills. Knows shapes, not names or files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSlot:
+    """Filled by rows, in any order, so that a tensor need never be whole in memory.
+
+    ``write(rows, start)`` takes ``[n, *shape[1:]]`` of any float dtype for rows ``start`` on.
+    """
+
+    shape: tuple[int, ...]
+    write: Callable[[Tensor, int], None]
+    kind: str = "weight"  # "weight", "bias" or "norm": what random weights should look like
+
+
+def vector_slot(
+    target: Tensor, *, kind: str, offset: int = 0, size: int | None = None
+) -> WeightSlot:
+    """Slot of ``target[offset : offset + size]`` (all of it by default)."""
+    size = target.shape[0] if size is None else size
+
+    def write(rows: Tensor, start: int) -> None:
+        target[offset + start : offset + start + rows.shape[0]].copy_(rows)
+
+    return WeightSlot(shape=(size,), write=write, kind=kind)

@@ -1,0 +1,143 @@
+"""Builds a model and fills it from a checkpoint or with random numbers. Knows no layer's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from octavo.attention import CPUAttention
+from octavo.checkpoint import ModelFiles, ModelSpec
+from octavo.checkpoint.gguf_config import ROPE_FACTORS
+from octavo.config import DType
+from octavo.layers import WeightSlot
+from octavo.models.base import Model
+from octavo.models.registry import MODELS
+from octavo.models.weights import CheckpointTensor, gguf_tensors, safetensors_tensors
+
+# Elements read, converted and packed at a time: bounds what loading needs above the model itself.
+_CHUNK = 1 << 21
+# Random weights repeat with this period, prime so that no two rows of a matrix are alike.
+_RANDOM_PERIOD = 1_299_709
+_RANDOM_STD = 0.02
+
+
+def weight_dtype(name: DType, *, device: str) -> torch.dtype:
+    """Dtype that ``--dtype`` means: ``auto`` is float32 on CPU and bfloat16 on GPU."""
+    if name == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"dtype must be auto, {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
+def load_model(
+    files: ModelFiles,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    max_model_len: int | None = None,
+) -> Model:
+    """The model of ``files`` with weights as ``dtype``, ready to run.
+
+    ``max_model_len``: longest request it will be asked for, default ``spec.max_model_len``.
+    ``seed`` is that of random weights (format ``dummy``). Raises `ValueError` naming the file and
+    tensor for what is missing, unexpected, misshapen or cut short.
+    """
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device {device} is not supported yet; use cpu")
+    model = MODELS[spec.architecture](
+        spec,
+        backend=CPUAttention(),
+        dtype=dtype,
+        max_model_len=max_model_len or spec.max_model_len,
+    )
+    if files.format == "dummy":
+        fill_randomly(model.slots(), seed=seed)
+    elif files.format == "gguf":
+        _fill(model, gguf_tensors(files.weights, config=files.config))
+    else:
+        _fill(model, safetensors_tensors(files.weights))
+    return model
+
+
+def _fill(model: Model, tensors: Iterable[CheckpointTensor]) -> None:
+    slots = model.slots()
+    missing = set(slots)
+    unexpected: list[str] = []
+    for tensor in tensors:
+        slot = slots.get(tensor.name)
+        if tensor.name == ROPE_FACTORS:
+            model.set_frequency_factors(tensor.read(0, tensor.shape[0]))
+        elif slot is not None:
+            _copy(tensor, slot)
+            missing.discard(tensor.name)
+        elif not _is_redundant(tensor.name, model.spec):
+            unexpected.append(f"{tensor.name} {list(tensor.shape)} in {tensor.path}")
+    if missing:
+        raise ValueError(f"the checkpoint lacks {_some(sorted(missing))}")
+    if unexpected:
+        raise ValueError(
+            f"{model.spec.architecture} has no place for tensors of the checkpoint: "
+            f"{_some(unexpected)}"
+        )
+
+
+def _is_redundant(name: str, spec: ModelSpec) -> bool:
+    """Tensors that some checkpoints carry although the config already says what they hold."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    return name == "lm_head.weight" and spec.tie_word_embeddings
+
+
+def _some(names: list[str], *, limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _copy(tensor: CheckpointTensor, slot: WeightSlot) -> None:
+    if tensor.shape != slot.shape:
+        raise ValueError(
+            f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, "
+            f"the config says {list(slot.shape)}"
+        )
+    num_rows = tensor.shape[0]
+    step = num_rows if tensor.whole else _chunk_rows(tensor.shape)
+    for start in range(0, num_rows, step):
+        slot.write(tensor.read(start, min(start + step, num_rows)), start)
+
+
+def _chunk_rows(shape: tuple[int, ...]) -> int:
+    row = shape[1] if len(shape) > 1 else 1
+    return max(_CHUNK // row, 1)
+
+
+def fill_randomly(slots: Mapping[str, WeightSlot], *, seed: int) -> None:
+    """Small random weights, norms of one; equal for equal seeds, at the speed of copying."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.empty(_RANDOM_PERIOD).normal_(std=_RANDOM_STD, generator=generator)
+    pool = torch.cat([pool, pool])
+    offset = 0
+    for slot in slots.values():
+        if slot.kind == "norm":
+            slot.write(torch.ones(slot.shape), 0)
+            continue
+        step = _chunk_rows(slot.shape)
+        for start in range(0, slot.shape[0], step):
+            rows = min(step, slot.shape[0] - start)
+            values = _cycle(pool, offset=offset, shape=(rows, *slot.shape[1:]))
+            slot.write(values, start)
+            offset = (offset + values.numel()) % _RANDOM_PERIOD
+
+
+def _cycle(pool: Tensor, *, offset: int, shape: tuple[int, ...]) -> Tensor:
+    """The endlessly repeated pool from ``offset`` on, in ``shape``."""
+    size = torch.Size(shape).numel()
+    if size <= _RANDOM_PERIOD:
+        return pool[offset : offset + size].view(shape)
+    period = pool[offset : offset + _RANDOM_PERIOD]
+    return period.repeat(-(-size // _RANDOM_PERIOD))[:size].view(shape)
