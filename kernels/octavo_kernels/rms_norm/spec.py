@@ -1,0 +1,53 @@
+"""What tests and benchmarks need to know of rms_norm; runs nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from octavo_kernels.op import Case, OpSpec, Tol
+from octavo_kernels.rms_norm import rms_norm, rms_norm_reference
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    inputs = {"x": normal(case.T, case.D), "weight": normal(case.D), "eps": 1e-5}
+    if case.residual:
+        inputs["residual"] = normal(case.T, case.D)
+    return inputs
+
+
+def _torch(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    if residual is not None:
+        x = residual.add_(x)
+    return torch.nn.functional.rms_norm(x, (x.shape[1],), weight, eps)
+
+
+def _spec(name: str, residual: int) -> OpSpec:
+    sizes = [(0, 64), (1, 1), (1, 64), (3, 100), (63, 576), (130, 15), (257, 1024)]
+    return OpSpec(
+        name=name,
+        op=rms_norm,
+        reference=rms_norm_reference,
+        cases=tuple(Case(f"{t}x{d}", T=t, D=d, residual=residual) for t, d in sizes),
+        make_inputs=make_inputs,
+        tolerance={torch.float32: Tol(atol=2e-6, rtol=2e-6)},
+        takes_out=True,
+        mutated=("residual",) if residual else (),
+        rows=("x", "residual") if residual else ("x",),
+        bytes_moved=lambda case, itemsize: (2 + 2 * case.residual) * case.T * case.D * itemsize,
+        baselines={"torch": _torch},
+        bench_cases=tuple(
+            Case(f"T{t}", T=t, D=576, residual=residual) for t in (1, 16, 128, 512, 4096)
+        ),
+    )
+
+
+SPECS = (_spec("rms_norm", 0), _spec("rms_norm_residual", 1))
