@@ -1,0 +1,68 @@
+"""Proves that no K/V block is lost, doubly owned or wrongly findable. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from octavo.kvcache.manager import BlockTable, KVCacheManager
+
+
+class InvariantError(AssertionError):
+    """The block bookkeeping contradicts itself: a bug in Octavo."""
+
+
+def check(kv: KVCacheManager, *, tables: Mapping[str, tuple[BlockTable, int]]) -> None:
+    """Raises `InvariantError` naming what is wrong. O(blocks + tables).
+
+    Args:
+        tables: request id -> its table and the number of its tokens computed so far.
+    """
+    pool, cache = kv.pool, kv.pool.cache
+    owners: Counter[int] = Counter()
+    for request_id, (table, num_computed) in tables.items():
+        _check_table(kv, request_id, table, num_computed)
+        owners.update(table.block_ids)
+
+    free_list = pool.free_list()
+    unowned = set(free_list)
+    _require(len(unowned) == len(free_list), "a block is on the free list twice")
+    _require(len(free_list) == pool.num_unowned, "num_unowned is not the free list's length")
+    for block in range(kv.num_blocks):
+        refs = pool.refs[block]
+        _require(refs == owners[block], f"block {block}: {refs} refs, {owners[block]} owners")
+        _require((refs == 0) == (block in unowned), f"block {block}: lost, or owned and free")
+    num_cached = sum(1 for block in free_list if cache.block_keys[block] is not None)
+    _require(num_cached == pool.num_cached, "num_cached is not the count of cached blocks")
+
+    keyed = {key: block for block, key in enumerate(cache.block_keys) if key is not None}
+    _require(keyed == cache.index, "the hash index and the blocks' keys disagree")
+    _require(kv.enable_prefix_caching or not keyed, "keys exist though caching is off")
+
+
+def _check_table(kv: KVCacheManager, request_id: str, table: BlockTable, num_computed: int) -> None:
+    blocks, size = table.block_ids, kv.block_size
+    _require(len(set(blocks)) == len(blocks), f"{request_id}: a block occurs twice")
+    _require(
+        len(blocks) == kv.blocks_for(num_computed),
+        f"{request_id}: {len(blocks)} blocks for {num_computed} tokens, waste of a block or more",
+    )
+    _require(table.num_registered <= len(blocks), f"{request_id}: registered beyond its blocks")
+    if num_computed % size:
+        # [num_computed, end of the block) will be written: by this request alone, findable never.
+        last = blocks[-1]
+        _require(kv.pool.refs[last] == 1, f"{request_id}: block {last} has two writers")
+        _require(
+            kv.pool.cache.block_keys[last] is None,
+            f"{request_id}: block {last} is findable and still to be written",
+        )
+    for i, block in enumerate(blocks[: len(table.keys)]):
+        key = kv.pool.cache.block_keys[block]
+        _require(
+            key is None or key == table.keys[i], f"{request_id}: block {block} under a wrong key"
+        )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InvariantError(message)

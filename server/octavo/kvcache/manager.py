@@ -1,0 +1,182 @@
+"""Block tables of requests: growing, sharing, freeing, finding. Knows no queue and no step.
+
+A request's table holds the K/V of its tokens in order: token ``i`` is in slot ``i % block_size``
+of ``block_ids[i // block_size]``. Tables share blocks only where no owner will write any more:
+full blocks found by their key, and the full blocks of a forked parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from octavo.kvcache.block_pool import BlockPool
+from octavo.kvcache.prefix_cache import PrefixCache, chain_keys, root_key
+from octavo.types import BlockCopy
+
+
+class BlockTable:
+    """The blocks of one request, and the keys of its known full blocks."""
+
+    __slots__ = ("block_ids", "keys", "num_registered", "root")
+
+    def __init__(self, *, root: bytes, keys: list[bytes]) -> None:
+        self.root = root
+        self.keys = keys  # of full blocks whose tokens are known; may run ahead of block_ids
+        self.block_ids: list[int] = []
+        self.num_registered = 0  # leading blocks already offered to the prefix cache
+
+
+class KVCacheManager:
+    """Every block of the K/V cache, and the tables that own them.
+
+    Args:
+        num_blocks: blocks in the cache; ids are ``0 .. num_blocks - 1``.
+        block_size: tokens per block.
+        enable_prefix_caching: find and register full blocks; off, nothing outlives its owner.
+        check_invariants: callers run `invariants.check` after each step.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        check_invariants: bool = False,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(
+                f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}"
+            )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.check_invariants = check_invariants
+        self.pool = BlockPool(num_blocks, cache=PrefixCache(num_blocks))
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be allocated now: never written, forgotten, or cached."""
+        return self.pool.num_unowned
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def new_table(
+        self,
+        token_ids: Sequence[int],
+        *,
+        cache_salt: str | None = None,
+        like: BlockTable | None = None,
+    ) -> BlockTable:
+        """An empty table for a prompt, its full blocks hashed once and for all.
+
+        ``like``: the table of a request with the same prompt and salt, whose keys are taken over.
+        """
+        if not self.enable_prefix_caching:
+            return BlockTable(root=b"", keys=[])
+        if like is not None:
+            return BlockTable(root=like.root, keys=like.keys[: len(token_ids) // self.block_size])
+        root = root_key(cache_salt)
+        return BlockTable(root=root, keys=chain_keys(root, token_ids, block_size=self.block_size))
+
+    def find_hits(
+        self, table: BlockTable, *, token_ids: Sequence[int], max_tokens: int
+    ) -> list[int]:
+        """Cached blocks that hold the beginning of ``token_ids``, ``max_tokens`` at most."""
+        if not self.enable_prefix_caching:
+            return []
+        self._extend_keys(table, token_ids)
+        return self.pool.cache.find(table.keys[: max_tokens // self.block_size])
+
+    def num_blocks_missing(self, hits: Sequence[int], *, num_tokens: int) -> int:
+        """Available blocks it takes to hold ``num_tokens`` of which ``hits`` hold the first."""
+        refs = self.pool.refs
+        revived = sum(1 for block in hits if refs[block] == 0)
+        return self.blocks_for(num_tokens) - len(hits) + revived
+
+    def attach(self, table: BlockTable, hits: Sequence[int]) -> None:
+        """Makes an empty table an owner of the blocks `find_hits` found."""
+        assert not table.block_ids, "hits go to an empty table"
+        self.pool.share(hits)
+        table.block_ids.extend(hits)
+        table.num_registered = len(hits)
+
+    def grow(self, table: BlockTable, *, num_tokens: int) -> list[int] | None:
+        """Appends blocks until the table holds ``num_tokens``; returns them (maybe none).
+
+        None, and nothing is changed, when too few blocks are available.
+        """
+        lacking = -(-num_tokens // self.block_size) - len(table.block_ids)
+        if lacking <= 0:
+            return []
+        if lacking > self.pool.num_unowned:
+            return None
+        fresh = self.pool.allocate(lacking)
+        table.block_ids.extend(fresh)
+        return fresh
+
+    def fork(self, child: BlockTable, *, parent: BlockTable, num_tokens: int) -> BlockCopy | None:
+        """Gives ``child`` the first ``num_tokens`` tokens of ``parent``.
+
+        Full blocks are shared. A block they fill in part is one both would write to: the child
+        computes token ``num_tokens`` in the very step it is admitted, so its copy (which the
+        caller has made sure a block is available for) is due at once and is returned.
+        """
+        assert not child.block_ids, "a fork starts from an empty table"
+        num_full, num_rest = divmod(num_tokens, self.block_size)
+        shared = parent.block_ids[:num_full]
+        self.pool.share(shared)
+        child.block_ids.extend(shared)
+        child.num_registered = num_full
+        if num_rest == 0:
+            return None
+        (fresh,) = self.pool.allocate(1)
+        child.block_ids.append(fresh)
+        return BlockCopy(src=parent.block_ids[num_full], dst=fresh)
+
+    def register(
+        self, table: BlockTable, *, token_ids: Sequence[int], num_tokens: int
+    ) -> list[tuple[int, bytes]]:
+        """Makes the full blocks among the first ``num_tokens`` tokens findable.
+
+        Their K/V must be written, or be due in the step being planned. Returns (block, key) of
+        those that became findable just now.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        self._extend_keys(table, token_ids)
+        fresh = []
+        num_full = num_tokens // self.block_size
+        for i in range(table.num_registered, num_full):
+            block, key = table.block_ids[i], table.keys[i]
+            if self.pool.cache.block_keys[block] is None and self.pool.cache.insert(key, block):
+                fresh.append((block, key))
+        table.num_registered = max(table.num_registered, num_full)
+        return fresh
+
+    def free(self, table: BlockTable) -> None:
+        """Gives up every block of the table; registered ones stay findable until reused."""
+        self.pool.release(table.block_ids)
+        table.block_ids = []
+        table.num_registered = 0
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Whatever block holds one of these keys no longer serves hits; its owners keep it."""
+        index = self.pool.cache.index
+        for key in keys:
+            block = index.get(key)
+            if block is not None:
+                self.pool.forget(block)
+
+    def reset_prefix_cache(self) -> None:
+        """No block written so far serves hits any more; running requests are unharmed."""
+        self.pool.forget_all()
+
+    def _extend_keys(self, table: BlockTable, token_ids: Sequence[int]) -> None:
+        num_hashed = len(table.keys) * self.block_size
+        if len(token_ids) - num_hashed >= self.block_size:
+            parent = table.keys[-1] if table.keys else table.root
+            rest = token_ids[num_hashed:]
+            table.keys += chain_keys(parent, rest, block_size=self.block_size)
