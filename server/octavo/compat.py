@@ -63,7 +63,7 @@ FOREIGN_FLAGS: tuple[ForeignFlag, ...] = (
     *_ignored("--enable-chunked-prefill --no-enable-chunked-prefill", "always on", nargs=0),
     *_ignored("--swap-space", "preempted requests are recomputed"),
     *_ignored("--cpu-offload-gb", "the model is held where it runs"),
-    *_ignored("--disable-log-requests --no-enable-log-requests", "off by default", nargs=0),
+    *_ignored("--disable-log-requests", "off by default", nargs=0),
     *_ignored("--tokenizer-mode", "tokenizer.json is always used"),
     *_ignored("--model-impl", "each architecture has one implementation"),
     *_ignored("--attention-backend", "the device decides"),

@@ -127,13 +127,16 @@ def _kind_of(hint: Any) -> tuple[type, tuple[Any, ...] | None, bool]:
     return hint, None, False
 
 
-def from_namespace(config: type[Config], namespace: argparse.Namespace) -> Config:
-    """A `config` from parsed flags; fields without a flag keep their defaults."""
+def from_namespace(
+    config: type[Config], namespace: argparse.Namespace, *, skip: Sequence[str] = ()
+) -> Config:
+    """A `config` from parsed flags; fields without a flag and those in `skip` keep their
+    defaults. Raises ValueError."""
     assert dataclasses.is_dataclass(config)
     given = {
         field.name: getattr(namespace, field.name)
         for field in dataclasses.fields(config)
-        if hasattr(namespace, field.name)
+        if hasattr(namespace, field.name) and field.name not in skip
     }
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return typing.cast(Config, config(**values))

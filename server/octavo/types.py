@@ -17,7 +17,7 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a request ended; the values are the OpenAI ``finish_reason`` strings and vLLM's labels."""
+    """Why a request ended; the values are OpenAI's ``finish_reason`` strings, vLLM's labels."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -217,5 +217,6 @@ class EngineInfo:
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    num_threads: int = 0  # CPU threads that compute; 0 = not told
     eos_token_ids: tuple[int, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds

@@ -40,8 +40,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # These assemble the house and may import any room.
 ASSEMBLERS = {"cli", "llm", "bench", "flags", "compat", "__init__"}
-# The engine process joins both wings in this one module.
-JOINTS = {"engine/process.py"}
+# These join both wings: the engine process, and what it shares with the offline engine.
+JOINTS = {"engine/process.py", "engine/build.py"}
 
 # Control plane: deciding what to compute never needs tensors.
 NO_TORCH = ("types", "clock", "config", "kvcache", "scheduler", "text", "observability", "api")

@@ -226,6 +226,10 @@ class AsyncEngine:
             self._flush()
             self._front.send(ipc.AbortRequests(live))
 
+    def abort_all(self) -> None:
+        """Ends every request that runs; each stream gets its last output."""
+        self.abort(list(self._inboxes))
+
     def check_health(self) -> None:
         """Raises `EngineDeadError` when the process is gone or requests make no progress."""
         self._check_alive()

@@ -1,0 +1,292 @@
+"""The server's Prometheus metrics, one table. Knows the wire types; nothing of engine or HTTP.
+
+Names, labels and buckets are vLLM's wherever vLLM has the series, so that its dashboards,
+gateways and autoscalers work; ours begin with ``octavo:``. A metric is one row of `TABLE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from octavo import __version__
+from octavo.types import (
+    EngineInfo,
+    EngineOutput,
+    EngineOutputs,
+    EngineRequest,
+    FinishReason,
+    RequestTimes,
+    StepStats,
+)
+
+_ENGINE_LABELS = ("model_name", "engine")
+
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
+_TTFT = (*_TTFT, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5)
+_TOKEN = (*_TOKEN, 10.0, 20.0, 40.0, 80.0)
+_LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
+_LATENCY = (*_LATENCY, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_HOST = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+_HTTP = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One metric. ``buckets`` None makes the 1-2-5 series up to the context length."""
+
+    kind: type[Counter] | type[Gauge] | type[Histogram]
+    help: str
+    labels: tuple[str, ...] = _ENGINE_LABELS
+    buckets: tuple[float, ...] | None = None
+
+
+def _gauge(text: str, *labels: str) -> Row:
+    return Row(kind=Gauge, help=text, labels=(*_ENGINE_LABELS, *labels))
+
+
+def _counter(text: str, *labels: str) -> Row:
+    return Row(kind=Counter, help=text, labels=(*_ENGINE_LABELS, *labels))
+
+
+def _histogram(text: str, buckets: tuple[float, ...] | None = None) -> Row:
+    return Row(kind=Histogram, help=text, buckets=buckets)
+
+
+TABLE: Mapping[str, Row] = {
+    "vllm:num_requests_running": _gauge("Requests in the running batch."),
+    "vllm:num_requests_waiting": _gauge("Requests waiting to be run."),
+    "vllm:kv_cache_usage_perc": _gauge("Share of K/V blocks in use; 1 is all."),
+    "vllm:prefix_cache_queries": _counter("Prompt tokens looked up in the prefix cache."),
+    "vllm:prefix_cache_hits": _counter("Prompt tokens found in the prefix cache."),
+    "vllm:num_preemptions": _counter("Preemptions."),
+    "vllm:prompt_tokens": _counter("Prompt tokens processed, cached ones included."),
+    "vllm:prompt_tokens_cached": _counter("Prompt tokens served by the prefix cache."),
+    "vllm:prompt_tokens_by_source": _counter("Prompt tokens by where they came from.", "source"),
+    "vllm:generation_tokens": _counter("Generated tokens."),
+    "vllm:request_success": _counter("Requests that ended, by reason.", "finished_reason"),
+    "vllm:iteration_tokens_total": _histogram("Tokens per step.", _STEP_TOKENS),
+    "vllm:request_prompt_tokens": _histogram("Prompt tokens per request."),
+    "vllm:request_generation_tokens": _histogram("Generated tokens per request."),
+    "vllm:request_params_max_tokens": _histogram("max_tokens of requests."),
+    "vllm:request_max_num_generation_tokens": _histogram("Most generated tokens asked for."),
+    "vllm:request_prefill_kv_computed_tokens": _histogram("Prompt tokens computed, not cached."),
+    "vllm:request_params_n": _histogram("n of requests.", (1, 2, 5, 10, 20)),
+    "vllm:request_num_preemptions": _histogram("Preemptions per request.", (0, 1, 2, 5, 10, 20)),
+    "vllm:time_to_first_token_seconds": _histogram("Arrival to first token.", _TTFT),
+    "vllm:inter_token_latency_seconds": _histogram("Between two tokens of a request.", _TOKEN),
+    "vllm:request_time_per_output_token_seconds": _histogram(
+        "Mean time per token after the first, per request.", _TOKEN
+    ),
+    "vllm:e2e_request_latency_seconds": _histogram("Arrival to end.", _LATENCY),
+    "vllm:request_queue_time_seconds": _histogram("Queued to first scheduled.", _LATENCY),
+    "vllm:request_inference_time_seconds": _histogram("First scheduled to last token.", _LATENCY),
+    "vllm:request_prefill_time_seconds": _histogram("First scheduled to first token.", _LATENCY),
+    "vllm:request_decode_time_seconds": _histogram("First token to last token.", _LATENCY),
+    "http_requests": Row(
+        kind=Counter, help="HTTP requests.", labels=("handler", "method", "status")
+    ),
+    "http_request_duration_seconds": Row(
+        kind=Histogram,
+        help="HTTP request to the end of its response.",
+        labels=("handler", "method", "status"),
+        buckets=_HTTP,
+    ),
+    "octavo:kv_blocks": _gauge("K/V blocks: free, cached (reusable), owned by requests.", "state"),
+    "octavo:kv_wasted_slots": _gauge("Token places allocated to running requests and not filled."),
+    "octavo:step_host_seconds": _histogram("Time per step outside the model.", _HOST),
+    "octavo:steps": _counter("Steps run."),
+    "octavo:ready_seconds": _gauge("Seconds each phase of the start took.", "phase"),
+    "octavo:build": _gauge("Always 1; the version is a label.", "version"),
+}
+
+
+def one_two_five(limit: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50 ... up to `limit`."""
+    buckets: list[float] = []
+    scale = 1
+    while True:
+        for mantissa in (1, 2, 5):
+            if mantissa * scale > limit:
+                return tuple(buckets)
+            buckets.append(mantissa * scale)
+        scale *= 10
+
+
+@dataclass(slots=True)
+class _Track:
+    """What is remembered of a running request."""
+
+    request: EngineRequest
+    num_choices: int = 1
+    num_generated: int = 0
+    num_cached: int = 0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
+class Metrics:
+    """All series of one server: an engine observer, and what ``GET /metrics`` answers.
+
+    ``model_name`` is the name clients use.
+    """
+
+    content_type = prometheus_client.CONTENT_TYPE_LATEST
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        *,
+        model_name: str,
+        cache_config: Mapping[str, Any] | None = None,
+        start_phases: Mapping[str, float] | None = None,
+    ) -> None:
+        prometheus_client.disable_created_metrics()  # a series per series that nobody reads
+        self._registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._any: dict[str, Any] = {
+            name: self._make(name, row, info.max_model_len) for name, row in TABLE.items()
+        }
+        # Series of the engine alone, resolved once: labels() costs more than the increment.
+        self._plain: dict[str, Any] = {
+            name: self._any[name].labels(**self._labels)
+            for name, row in TABLE.items()
+            if row.labels == _ENGINE_LABELS
+        }
+        self._tracks: dict[str, _Track] = {}
+        for reason in FinishReason:  # so that rates have a zero to start from
+            self._labelled("vllm:request_success", finished_reason=reason.value)
+        self._labelled("octavo:build", version=__version__).set(1)
+        for phase, seconds in (start_phases or info.phases).items():
+            self._labelled("octavo:ready_seconds", phase=phase).set(seconds)
+        self._on_stats(StepStats(num_blocks=info.num_blocks, num_free_blocks=info.num_blocks))
+        self._set_cache_config(info, cache_config or {})
+
+    def _make(self, name: str, row: Row, max_model_len: int) -> Any:
+        if row.kind is Histogram:
+            buckets = row.buckets or one_two_five(max_model_len)
+            return Histogram(name, row.help, row.labels, registry=self._registry, buckets=buckets)
+        return row.kind(name, row.help, row.labels, registry=self._registry)
+
+    def _labelled(self, name: str, **labels: str) -> Any:
+        return self._any[name].labels(**self._labels, **labels)
+
+    def _set_cache_config(self, info: EngineInfo, config: Mapping[str, Any]) -> None:
+        # As in vLLM, whose gauge has the options as labels and no model_name.
+        values = {**config, "block_size": info.block_size, "num_gpu_blocks": info.num_blocks}
+        values["cache_dtype"] = info.kv_cache_dtype
+        labels = {name: str(value) for name, value in values.items()} | {"engine": "0"}
+        Gauge(
+            "vllm:cache_config_info",
+            "Always 1; the options of the K/V cache are labels.",
+            tuple(labels),
+            registry=self._registry,
+        ).labels(**labels).set(1)
+
+    def render(self) -> bytes:
+        """Every series in Prometheus' text format."""
+        data: bytes = prometheus_client.generate_latest(self._registry)
+        return data
+
+    def observe_http(self, *, handler: str, method: str, status: int, seconds: float) -> None:
+        """One HTTP request has been answered. `handler` is the route, not the raw path."""
+        labels = {"handler": handler, "method": method, "status": f"{status // 100}xx"}
+        self._any["http_requests"].labels(**labels).inc()
+        self._any["http_request_duration_seconds"].labels(**labels).observe(seconds)
+
+    # ---- engine observer ---------------------------------------------------------------------
+
+    def on_request(self, request: EngineRequest) -> None:
+        self._tracks[request.request_id] = _Track(request)
+        parent = self._tracks.get(request.fork_of) if request.fork_of is not None else None
+        if parent is not None:
+            parent.num_choices += 1
+
+    def on_outputs(self, outputs: EngineOutputs, now: float) -> None:
+        """`now`: monotonic seconds at which these outputs reached the front end."""
+        for output in outputs.outputs:
+            track = self._tracks.get(output.request_id)
+            if track is not None:
+                self._on_output(track, output, now)
+        if outputs.stats is not None:
+            self._on_stats(outputs.stats)
+            self._count_step(outputs.stats)
+
+    def _on_output(self, track: _Track, output: EngineOutput, now: float) -> None:
+        num_new = len(output.new_token_ids)
+        if num_new:
+            if track.num_generated == 0:
+                track.first_token = now
+                arrival = track.request.arrival_time
+                self._plain["vllm:time_to_first_token_seconds"].observe(now - arrival)
+            else:
+                self._plain["vllm:inter_token_latency_seconds"].observe(now - track.last_token)
+            track.num_generated += num_new
+            track.last_token = now
+        track.num_cached = max(track.num_cached, output.num_cached_tokens)
+        if output.finish_reason is not None:
+            del self._tracks[output.request_id]
+            self._on_finish(track, output.finish_reason, output.times, now)
+
+    def _on_finish(
+        self, track: _Track, reason: FinishReason, times: RequestTimes | None, now: float
+    ) -> None:
+        self._labelled("vllm:request_success", finished_reason=reason.value).inc()
+        if reason is FinishReason.ERROR:
+            return
+        request, plain = track.request, self._plain
+        num_prompt = len(request.prompt_token_ids)
+        plain["vllm:request_prompt_tokens"].observe(num_prompt)
+        plain["vllm:request_generation_tokens"].observe(track.num_generated)
+        plain["vllm:request_params_max_tokens"].observe(request.params.max_tokens)
+        plain["vllm:request_max_num_generation_tokens"].observe(request.params.max_tokens)
+        plain["vllm:request_prefill_kv_computed_tokens"].observe(num_prompt - track.num_cached)
+        if request.fork_of is None:
+            plain["vllm:request_params_n"].observe(track.num_choices)
+        plain["vllm:e2e_request_latency_seconds"].observe(now - request.arrival_time)
+        if track.num_generated > 1:
+            per_token = (track.last_token - track.first_token) / (track.num_generated - 1)
+            plain["vllm:request_time_per_output_token_seconds"].observe(per_token)
+        if times is None or not times.scheduled:
+            return
+        plain["vllm:request_num_preemptions"].observe(times.num_preemptions)
+        plain["vllm:request_queue_time_seconds"].observe(times.scheduled - times.queued)
+        if times.first_token:
+            first, last = times.first_token, times.last_token
+            plain["vllm:request_inference_time_seconds"].observe(last - times.scheduled)
+            plain["vllm:request_prefill_time_seconds"].observe(first - times.scheduled)
+            plain["vllm:request_decode_time_seconds"].observe(last - first)
+
+    def _on_stats(self, stats: StepStats) -> None:
+        plain = self._plain
+        plain["vllm:num_requests_running"].set(stats.num_running)
+        plain["vllm:num_requests_waiting"].set(stats.num_waiting)
+        plain["vllm:kv_cache_usage_perc"].set(stats.kv_cache_usage)
+        self._labelled("octavo:kv_blocks", state="free").set(stats.num_free_blocks)
+        self._labelled("octavo:kv_blocks", state="cached").set(stats.num_cached_blocks)
+        self._labelled("octavo:kv_blocks", state="owned").set(stats.num_owned_blocks)
+        plain["octavo:kv_wasted_slots"].set(stats.num_wasted_slots)
+
+    def _count_step(self, stats: StepStats) -> None:
+        plain = self._plain
+        plain["vllm:prefix_cache_queries"].inc(stats.prefix_cache_queries)
+        plain["vllm:prefix_cache_hits"].inc(stats.prefix_cache_hits)
+        plain["vllm:num_preemptions"].inc(stats.preemptions)
+        plain["vllm:prompt_tokens"].inc(stats.prompt_tokens + stats.prefix_cache_hits)
+        plain["vllm:prompt_tokens_cached"].inc(stats.prefix_cache_hits)
+        for source, count in (
+            ("local_compute", stats.prompt_tokens),
+            ("local_cache_hit", stats.prefix_cache_hits),
+        ):
+            self._labelled("vllm:prompt_tokens_by_source", source=source).inc(count)
+        plain["vllm:generation_tokens"].inc(stats.generation_tokens)
+        if stats.num_scheduled_tokens:
+            plain["vllm:iteration_tokens_total"].observe(stats.num_scheduled_tokens)
+            plain["octavo:step_host_seconds"].observe(stats.host_seconds)
+            plain["octavo:steps"].inc()
