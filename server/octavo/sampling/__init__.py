@@ -1,0 +1,9 @@
+"""From logits to tokens: parameters, draws and log-probabilities. Knows rows, not requests' ids."""
+
+from __future__ import annotations
+
+from octavo.sampling.logprobs import score_rows
+from octavo.sampling.penalties import LogitParamsTable
+from octavo.sampling.sampler import Sampled, Sampler, SamplingBatch
+
+__all__ = ["LogitParamsTable", "Sampled", "Sampler", "SamplingBatch", "score_rows"]

@@ -1,0 +1,64 @@
+"""Turns logits into `TokenLogprobs`. Knows rows and token ids, not whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.types import TokenLogprobs
+from octavo_kernels.sampling import OK, topn_logprobs
+
+# Rows of logits that exist at a time: bounds memory whatever the length of a scored prompt.
+ROW_GROUP = 32
+
+
+def score_rows(
+    logits: Tensor, *, chosen: Sequence[int], num_best: Sequence[int]
+) -> list[TokenLogprobs | None]:
+    """Raw log-probabilities of each row's chosen token and its num_best[row] likeliest tokens.
+
+    logits: [S, V] float32, before any parameter was applied. None for a row that is not finite.
+    """
+    vocab_size = logits.shape[1]
+    widest = min(max(num_best, default=0), vocab_size)
+    tokens = torch.tensor(chosen, dtype=torch.int64)
+    found = topn_logprobs(logits, chosen=tokens, num_best=widest)
+    columns = zip(
+        chosen,
+        num_best,
+        found.chosen.tolist(),
+        found.ranks.tolist(),
+        found.ids.tolist(),
+        found.logprobs.tolist(),
+        found.status.tolist(),
+        strict=True,
+    )
+    return [
+        TokenLogprobs(
+            token_id=token,
+            logprob=logprob,
+            rank=rank,
+            top=tuple(zip(ids[:best], logprobs[:best], strict=True)),
+        )
+        if status == OK
+        else None
+        for token, best, logprob, rank, ids, logprobs, status in columns
+    ]
+
+
+def score_hidden(
+    hidden: Tensor,
+    *,
+    compute_logits: Callable[[Tensor], Tensor],
+    chosen: Sequence[int],
+    num_best: int,
+) -> list[TokenLogprobs | None]:
+    """`score_rows` of hidden rows [S, D], whose logits are made ROW_GROUP rows at a time."""
+    scores: list[TokenLogprobs | None] = []
+    for start in range(0, len(chosen), ROW_GROUP):
+        tokens = chosen[start : start + ROW_GROUP]
+        logits = compute_logits(hidden[start : start + ROW_GROUP])
+        scores += score_rows(logits, chosen=tokens, num_best=[num_best] * len(tokens))
+    return scores

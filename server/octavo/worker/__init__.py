@@ -1,0 +1,1 @@
+"""Executes steps: request table, input batch, model, sampler. Knows tensors; decides nothing."""

@@ -1,0 +1,149 @@
+"""The steps of starting a worker, one function each. Knows every room of the data plane; runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from octavo.checkpoint import ModelFiles, ModelSpec
+from octavo.config import EngineConfig
+from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
+from octavo.sampling import Sampler
+from octavo.types import EngineInfo, NewRequest, SamplingParams, SchedulerOutput
+from octavo.worker.kv_tensors import KVTensors
+from octavo.worker.model_runner import ModelRunner
+from octavo.worker.request_table import RequestTable
+from octavo.worker.sizing import (
+    CachePlan,
+    available_memory,
+    max_num_batched_tokens,
+    plan_cache,
+    usable_cores,
+)
+from octavo_kernels import block_copy, parallel, sampling
+
+_WARM_TOKENS = (1, 2, 40)  # lengths of the made-up prompts that warm the kernels
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that has no kernels here."""
+    if device == "cuda":
+        raise ValueError("device cuda is not supported yet; use --device cpu")
+
+
+def set_threads(wanted: int | None) -> int:
+    """Sets the threads of kernels and of torch; returns their number."""
+    num_threads = wanted or usable_cores()
+    parallel.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def load(config: EngineConfig, *, files: ModelFiles, spec: ModelSpec) -> Model:
+    """The model with its weights. Raises ValueError for a context the model was not made for."""
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > spec.max_model_len and spec.rope.kind != "dynamic":
+        raise ValueError(
+            f"max_model_len must be at most {spec.max_model_len}, the context that {files.name} "
+            f"was made for, got {wanted}"
+        )
+    return load_model(
+        files,
+        spec,
+        dtype=weight_dtype(config.model.dtype, device="cpu"),
+        device="cpu",
+        seed=config.model.seed % 2**63,
+        max_model_len=wanted,
+    )
+
+
+def _kv_dtype(config: EngineConfig) -> torch.dtype:
+    name = config.cache.kv_cache_dtype
+    return weight_dtype(config.model.dtype if name == "auto" else name, device="cpu")
+
+
+def make_runner(config: EngineConfig, *, model: Model) -> tuple[CachePlan, ModelRunner]:
+    """Sizes and reserves the cache, and puts table, sampler and model together."""
+    block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
+    cache_spec = kv_cache_spec(model.spec, block_size=block_size, dtype=_kv_dtype(config))
+    plan = plan_cache(
+        config.cache,
+        block_bytes=model.backend.block_bytes(cache_spec),
+        wanted_len=config.model.max_model_len,
+        model_len=model.spec.max_model_len,
+        max_num_seqs=max_num_seqs,
+        available_bytes=available_memory(),
+    )
+    runner = ModelRunner(
+        model,
+        table=RequestTable(
+            max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, block_size=block_size
+        ),
+        kv=KVTensors(model.backend, cache_spec, num_blocks=plan.num_blocks),
+        sampler=Sampler(model.spec.vocab_size),
+    )
+    return plan, runner
+
+
+def warm(runner: ModelRunner, *, plan: CachePlan, block_size: int) -> None:
+    """Runs made-up requests, so that no live request waits for a compiler.
+
+    They write K/V into the first blocks, which count as never written afterwards.
+    """
+    sampling.warm()
+    block_copy.warm()
+    room = min(plan.max_model_len, plan.num_blocks * block_size) - 1
+    for step, length in enumerate(_WARM_TOKENS):
+        if length > room:
+            break
+        request = NewRequest(
+            request_id="warm",
+            token_ids=(0,) * length,
+            num_prompt_tokens=length,
+            num_computed_tokens=0,
+            block_ids=tuple(range(-(-(length + 1) // block_size))),
+            params=SamplingParams(top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=1),
+        )
+        runner.execute(
+            SchedulerOutput(
+                step=step, new_requests=(request,), num_scheduled_tokens={"warm": length}
+            )
+        )
+        runner.execute(SchedulerOutput(step=step, num_scheduled_tokens={"warm": 1}))
+    runner.execute(SchedulerOutput(step=0, finished_request_ids=("warm",)))
+
+
+def engine_info(
+    config: EngineConfig,
+    *,
+    files: ModelFiles,
+    plan: CachePlan,
+    num_threads: int,
+    phases: Mapping[str, float],
+) -> EngineInfo:
+    """What was decided, for the front end and for whoever reads the start-up lines."""
+    spec = files.spec
+    max_num_seqs = config.scheduler.max_num_seqs
+    return EngineInfo(
+        model=files.name,
+        architecture=spec.architecture,
+        device="cpu",
+        dtype=_name(weight_dtype(config.model.dtype, device="cpu")),
+        kv_cache_dtype=_name(_kv_dtype(config)),
+        vocab_size=spec.vocab_size,
+        max_model_len=plan.max_model_len,
+        block_size=config.cache.block_size,
+        num_blocks=plan.num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens(
+            config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs
+        ),
+        num_threads=num_threads,
+        eos_token_ids=spec.eos_token_ids,
+        phases=dict(phases),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
