@@ -1,0 +1,132 @@
+"""The ASGI application: parts in, routes and middleware out. Knows how they fit together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo import __version__
+from octavo.api import chat, completions, models, operations, tokenization
+from octavo.api.errors import to_api_error
+from octavo.api.front import Front, Metrics
+from octavo.api.lifecycle import Lifecycle, State
+from octavo.api.middleware import ApiKeys, RequestCounts, RequestIds
+from octavo.api.params import Defaults, SeedSource
+from octavo.config import ModelConfig, SchedulerConfig, ServerConfig
+from octavo.engine.protocols import Engine
+from octavo.text.chat_template import ChatTemplate, find_template
+from octavo.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    engine: Engine,
+    *,
+    tokenizer: Tokenizer,
+    server: ServerConfig | None = None,
+    model: ModelConfig | None = None,
+    scheduler: SchedulerConfig | None = None,
+    metrics: Metrics | None = None,
+    lifecycle: Lifecycle | None = None,
+    model_dir: Path | None = None,
+) -> FastAPI:
+    """The application over a started ``engine``.
+
+    ``model_dir`` is the folder with generation_config.json and the chat template, if they are in
+    files of their own. Without ``lifecycle`` the server is ready at once. ``app.state.front`` has
+    the parts. Raises ValueError for a chat template or generation config that cannot be used.
+    """
+    server, model = server or ServerConfig(), model or ModelConfig()
+    front = Front(
+        engine=engine,
+        tokenizer=tokenizer,
+        template=load_template(tokenizer, given=server.chat_template, folder=model_dir),
+        server=server,
+        model=model,
+        scheduler=scheduler or SchedulerConfig(),
+        metrics=metrics,
+        lifecycle=lifecycle or Lifecycle(State.READY),
+        defaults=load_defaults(model, folder=model_dir),
+        seeds=SeedSource(model.seed),
+        created=int(time.time()),
+    )
+    app = FastAPI(
+        title="Octavo",
+        version=__version__,
+        root_path=server.root_path,
+        docs_url=None if server.disable_fastapi_docs else "/docs",
+        redoc_url=None,
+        openapi_url=None if server.disable_fastapi_docs else "/openapi.json",
+        redirect_slashes=False,
+    )
+    app.state.front = front
+    for room in (chat, completions, models, tokenization, operations):
+        app.include_router(room.routes(front))
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
+    _add_middleware(app, front)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return to_api_error(error).response()
+
+
+def _add_middleware(app: FastAPI, front: Front) -> None:
+    """The last added is the outermost."""
+    server = front.server
+    if server.api_key:
+        app.add_middleware(ApiKeys, keys=server.api_key)
+    app.add_middleware(RequestIds, answer=server.enable_request_id_headers)
+    if front.metrics is not None:
+        app.add_middleware(RequestCounts, metrics=front.metrics)
+    if server.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.allowed_origins,
+            allow_methods=server.allowed_methods,
+            allow_headers=server.allowed_headers,
+            allow_credentials=server.allow_credentials,
+        )
+
+
+def load_template(
+    tokenizer: Tokenizer, *, given: str | None, folder: Path | None
+) -> ChatTemplate | None:
+    """The chat template, or None if the model has none. Raises ValueError."""
+    source = find_template(given, folder=folder, config=tokenizer.config)
+    if source is None:
+        return None
+    named = {
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "unk_token": tokenizer.unk_token,
+    }
+    return ChatTemplate(source, special_tokens={k: v for k, v in named.items() if v is not None})
+
+
+def load_defaults(model: ModelConfig, *, folder: Path | None) -> Defaults:
+    """Sampling defaults from the model's generation_config.json, unless told not to use it.
+    Raises ValueError."""
+    if model.generation_config != "auto" or folder is None:
+        return Defaults()
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return Defaults()
+    try:
+        defaults = Defaults.from_generation_config(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if defaults != Defaults():
+        log.info("sampling defaults from %s: %s", file.name, defaults)
+    return defaults

@@ -1,0 +1,178 @@
+"""``POST /v1/chat/completions``. Knows the format of chat answers, whole and streamed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.api.front import Front
+from octavo.api.generation import Job, Usage, gather_job, make_job, run_job, while_connected
+from octavo.api.logprobs import LogprobFormat
+from octavo.api.prompts import fit, render_chat
+from octavo.api.request_body import answering, documented, read_model
+from octavo.api.schemas import ChatCompletionRequest
+from octavo.api.sse import DONE, make_event, start_stream
+from octavo.engine.outputs import ChoiceDelta, ChoiceResult
+
+
+def routes(front: Front) -> APIRouter:
+    """The endpoint, for one front end."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer a conversation",
+        openapi_extra=documented(ChatCompletionRequest),
+    )
+    @answering
+    async def chat_completions(request: Request) -> Response:
+        limit = front.server.max_body_bytes
+        body = await read_model(request, ChatCompletionRequest, limit=limit)
+        job = await _prepare(front, body, request_id=request.state.request_id)
+        answer = _ChatAnswer(front, body, job)
+        if body.stream:
+            return await start_stream(request, answer.events())
+        return await while_connected(request, answer.whole())
+
+    return router
+
+
+async def _prepare(front: Front, body: ChatCompletionRequest, *, request_id: str) -> Job:
+    front.check_model(body.model)
+    max_tokens = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
+    token_ids = await render_chat(front, body)
+    prompt = fit(front, body, token_ids, text=None, max_tokens=max_tokens)
+    return make_job(
+        front,
+        body,
+        kind="chatcmpl",
+        request_id=request_id,
+        prompts=[prompt],
+        per_prompt=body.n or 1,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+
+
+class _ChatAnswer:
+    """One request's answer."""
+
+    def __init__(self, front: Front, body: ChatCompletionRequest, job: Job) -> None:
+        self._front = front
+        self._body = body
+        self._job = job
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self._logprobs = LogprobFormat(front.tokenizer, as_token_ids=as_ids)
+        goes_on = body.continue_final_message
+        self._role = body.messages[-1].role if goes_on else front.server.response_role
+
+    async def whole(self) -> Response:
+        job = self._job
+        results = await gather_job(self._front, job)
+        usage = Usage(job)
+        for result in results:
+            usage.add(result)
+        answer: dict[str, Any] = {
+            "id": job.response_id,
+            "object": "chat.completion",
+            "created": job.created,
+            "model": job.model,
+            "choices": [self._choice(result) for result in results],
+            "usage": usage.as_dict(),
+        }
+        prompt_logprobs = results[0].prompt_logprobs
+        if prompt_logprobs is not None:
+            answer["prompt_logprobs"] = self._logprobs.prompt(prompt_logprobs)
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = job.prompts[0].token_ids
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    def _choice(self, result: ChoiceResult) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": result.index,
+            "message": {"role": self._role, "content": result.text, "refusal": None},
+            "logprobs": self._logprobs.chat(result.logprobs) if self._body.logprobs else None,
+            "finish_reason": result.finish_reason,
+            "stop_reason": result.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = result.token_ids
+        return choice
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        job, options = self._job, self._body.stream_options
+        has_usage = options is not None and bool(options.include_usage)
+        is_continuous = has_usage and options is not None and bool(options.continuous_usage_stats)
+        event = make_event(
+            has_usage_key=has_usage,
+            id=job.response_id,
+            object="chat.completion.chunk",
+            created=job.created,
+            model=job.model,
+        )
+        usage = Usage(job)
+        opening = self._opening()
+        async with aclosing(run_job(self._front, job)) as deltas:
+            async for delta in deltas:
+                usage.add(delta)
+                choices = self._chunk(delta)
+                now = usage.as_dict() if is_continuous else None
+                data = b"".join(event([choice], now) for choice in choices)
+                if opening:
+                    first = make_event(
+                        has_usage_key=has_usage,
+                        id=job.response_id,
+                        object="chat.completion.chunk",
+                        created=job.created,
+                        model=job.model,
+                        **self._prompt_fields(delta),
+                    )
+                    start = usage.as_dict() if is_continuous else None
+                    data = b"".join(first([choice], start) for choice in opening) + data
+                    opening = []
+                if data:
+                    yield data
+        yield (event([], usage.as_dict()) if has_usage else b"") + DONE
+
+    def _opening(self) -> list[dict[str, Any]]:
+        """The chunks that tell each choice's role."""
+        delta = {"role": self._role, "content": ""}
+        return [
+            {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            for choice in self._job.choices
+        ]
+
+    def _prompt_fields(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """What the first chunks tell of the prompt, if asked."""
+        fields: dict[str, Any] = {}
+        if delta.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self._logprobs.prompt(delta.prompt_logprobs)
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = self._job.prompts[0].token_ids
+        return fields
+
+    def _chunk(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """At most one: none when there is nothing to show yet."""
+        body = self._body
+        has_tokens = bool(delta.token_ids) and (body.logprobs or body.return_token_ids)
+        if not (delta.text or has_tokens or delta.finish_reason):
+            return []
+        choice: dict[str, Any] = {
+            "index": delta.index,
+            "delta": {"content": delta.text} if delta.text or not delta.finish_reason else {},
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+        }
+        if body.logprobs and delta.logprobs:
+            choice["logprobs"] = self._logprobs.chat(delta.logprobs)
+        if delta.finish_reason:
+            choice["stop_reason"] = delta.stop_reason
+        if body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return [choice]

@@ -1,0 +1,209 @@
+"""``POST /v1/completions``. Knows the format of completions, whole and streamed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.api.front import Front
+from octavo.api.generation import Job, Usage, gather_job, make_job, run_job, while_connected
+from octavo.api.logprobs import LogprobFormat, prompt_text
+from octavo.api.prompts import completion_prompts
+from octavo.api.request_body import answering, documented, read_model
+from octavo.api.schemas import CompletionRequest
+from octavo.api.sse import DONE, make_event, start_stream
+from octavo.engine.outputs import ChoiceDelta, ChoiceResult, best_choices
+from octavo.types import TokenLogprobs
+
+
+def routes(front: Front) -> APIRouter:
+    """The endpoint, for one front end."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/completions",
+        summary="Go on with a text",
+        openapi_extra=documented(CompletionRequest),
+    )
+    @answering
+    async def completions(request: Request) -> Response:
+        limit = front.server.max_body_bytes
+        body = await read_model(request, CompletionRequest, limit=limit)
+        job = await _prepare(front, body, request_id=request.state.request_id)
+        answer = _CompletionAnswer(front, body, job)
+        if body.stream:
+            return await start_stream(request, answer.events())
+        return await while_connected(request, answer.whole())
+
+    return router
+
+
+async def _prepare(front: Front, body: CompletionRequest, *, request_id: str) -> Job:
+    front.check_model(body.model)
+    per_prompt = max(body.n or 1, body.best_of or 1)
+    logprobs = body.logprobs
+    if logprobs is None and per_prompt > (body.n or 1):
+        logprobs = 0  # which are best is decided by them
+    prompt_logprobs = body.prompt_logprobs
+    if body.echo and body.logprobs is not None:
+        prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
+    return make_job(
+        front,
+        body,
+        kind="cmpl",
+        request_id=request_id,
+        prompts=await completion_prompts(front, body),
+        per_prompt=per_prompt,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+class _CompletionAnswer:
+    """One request's answer."""
+
+    def __init__(self, front: Front, body: CompletionRequest, job: Job) -> None:
+        self._front = front
+        self._body = body
+        self._job = job
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self._logprobs = LogprobFormat(front.tokenizer, as_token_ids=as_ids)
+        self._echoes = [self._echo_of(p) for p in range(len(job.prompts))]
+
+    def _echo_of(self, prompt_index: int) -> tuple[str, list[int]]:
+        if not self._body.echo:
+            return "", []
+        prompt = self._job.prompts[prompt_index]
+        text = self._job.choices[prompt_index * self._job.per_prompt].text
+        return prompt_text(self._front.tokenizer, prompt.token_ids, given=prompt.text, params=text)
+
+    async def whole(self) -> Response:
+        job = self._job
+        results = await gather_job(self._front, job)
+        usage = Usage(job)
+        for result in results:
+            usage.add(result)
+        choices: list[dict[str, Any]] = []
+        for p in range(len(job.prompts)):
+            of_prompt = results[p * job.per_prompt : (p + 1) * job.per_prompt]
+            prompt_logprobs = of_prompt[0].prompt_logprobs
+            n = self._body.n or 1
+            kept = best_choices(of_prompt, n=n) if n < len(of_prompt) else of_prompt
+            for result in kept:
+                choices.append(self._choice(result, p, prompt_logprobs, index=len(choices)))
+        answer = {
+            "id": job.response_id,
+            "object": "text_completion",
+            "created": job.created,
+            "model": job.model,
+            "choices": choices,
+            "usage": usage.as_dict(),
+        }
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    def _choice(
+        self,
+        news: ChoiceResult | ChoiceDelta,
+        prompt_index: int,
+        prompt_logprobs: tuple[TokenLogprobs, ...] | None,
+        *,
+        index: int,
+        is_first: bool = True,
+    ) -> dict[str, Any]:
+        """A choice, or a chunk of one. ``is_first``: it begins the choice's text."""
+        body = self._body
+        echo, _ = self._echoes[prompt_index] if is_first else ("", [])
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": echo + news.text,
+            "logprobs": None,
+            "finish_reason": news.finish_reason,
+            "stop_reason": news.stop_reason,
+        }
+        if body.logprobs is not None:
+            choice["logprobs"] = self._logprob_lists(
+                news, prompt_index, prompt_logprobs if is_first else None
+            )
+        if body.prompt_logprobs is not None and is_first and prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._logprobs.prompt(
+                _cut(prompt_logprobs, body.prompt_logprobs)
+            )
+        if body.return_token_ids:
+            choice["token_ids"] = news.token_ids
+            if is_first:
+                choice["prompt_token_ids"] = self._job.prompts[prompt_index].token_ids
+        return choice
+
+    def _logprob_lists(
+        self,
+        news: ChoiceResult | ChoiceDelta,
+        prompt_index: int,
+        prompt_logprobs: tuple[TokenLogprobs, ...] | None,
+    ) -> dict[str, Any]:
+        echo, echo_offsets = self._echoes[prompt_index]
+        entries: list[TokenLogprobs | int] = list(news.logprobs)
+        offsets = [len(echo) + offset for offset in news.text_offsets]
+        if self._body.echo and prompt_logprobs is not None:
+            first = self._job.prompts[prompt_index].token_ids[0]
+            entries = [first, *_cut(prompt_logprobs, self._body.logprobs or 0), *entries]
+            offsets = echo_offsets + offsets
+        return self._logprobs.completion(entries, offsets)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        job, options = self._job, self._body.stream_options
+        has_usage = options is not None and bool(options.include_usage)
+        is_continuous = has_usage and options is not None and bool(options.continuous_usage_stats)
+        event = make_event(
+            has_usage_key=has_usage,
+            id=job.response_id,
+            object="text_completion",
+            created=job.created,
+            model=job.model,
+        )
+        usage = Usage(job)
+        begun = [False] * len(job.choices)
+        prompt_logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(job.prompts)
+        async with aclosing(run_job(self._front, job)) as deltas:
+            async for delta in deltas:
+                usage.add(delta)
+                p = job.choices[delta.index].prompt_index
+                if delta.prompt_logprobs is not None:
+                    prompt_logprobs[p] = delta.prompt_logprobs
+                is_first = not begun[delta.index]
+                if not self._is_shown(delta, is_first=is_first):
+                    continue
+                begun[delta.index] = True
+                choice = self._choice(
+                    delta, p, prompt_logprobs[p], index=delta.index, is_first=is_first
+                )
+                yield event([choice], usage.as_dict() if is_continuous else None)
+        yield (event([], usage.as_dict()) if has_usage else b"") + DONE
+
+    def _is_shown(self, delta: ChoiceDelta, *, is_first: bool) -> bool:
+        """Whether there is anything to show yet."""
+        body = self._body
+        if delta.text or delta.finish_reason:
+            return True
+        wants_tokens = body.logprobs is not None or bool(body.return_token_ids)
+        return is_first and bool(body.echo) or (bool(delta.token_ids) and wants_tokens)
+
+
+def _cut(entries: Sequence[TokenLogprobs], num_top: int) -> list[TokenLogprobs]:
+    """With ``num_top`` alternatives each: echo and prompt_logprobs may differ in how many."""
+    return [
+        entry
+        if len(entry.top) <= num_top
+        else TokenLogprobs(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            rank=entry.rank,
+            top=entry.top[:num_top],
+        )
+        for entry in entries
+    ]

@@ -1,0 +1,83 @@
+"""What every endpoint works with, in one object. Knows which parts there are, not what they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from octavo.api.errors import ApiError, ModelNotFoundError, UnavailableError
+from octavo.api.lifecycle import Lifecycle, State
+from octavo.api.params import Defaults, SeedSource
+from octavo.config import ModelConfig, SchedulerConfig, ServerConfig
+from octavo.engine.protocols import Engine
+from octavo.text.chat_template import ChatTemplate
+from octavo.text.tokenizer import Tokenizer
+
+
+class Metrics(Protocol):
+    """What the front end needs of `octavo.observability.metrics`."""
+
+    @property
+    def content_type(self) -> str: ...
+
+    def render(self) -> bytes: ...
+
+    def observe_http(self, *, handler: str, method: str, status: int, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Front:
+    """The parts of one HTTP front end."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    server: ServerConfig
+    model: ModelConfig
+    scheduler: SchedulerConfig
+    metrics: Metrics | None
+    lifecycle: Lifecycle
+    defaults: Defaults
+    seeds: SeedSource
+    created: int  # Unix seconds
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names clients may use; the first is shown."""
+        return self.server.served_model_name or (self.model.model or self.engine.info.model,)
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with. Raises `ModelNotFoundError`."""
+        names = self.model_names
+        if name is None:
+            return names[0]
+        if name not in names:
+            raise ModelNotFoundError(name, known=names)
+        return name
+
+    def check_admission(self, num_new: int) -> None:
+        """Raises `UnavailableError` (503) when no new generation can be taken now."""
+        if self.lifecycle.state is State.STARTING:
+            raise UnavailableError("The model is still being loaded", code="starting")
+        if self.lifecycle.state is State.DRAINING:
+            raise UnavailableError("The server is shutting down", code="draining", retry_after=5)
+        limit = self.scheduler.max_num_queued_reqs
+        if limit is None:
+            return
+        num_waiting = max(0, self.engine.num_unfinished - self.engine.info.max_num_seqs)
+        # What starts at once waits for nobody, whatever the limit.
+        has_room = self.engine.num_unfinished + num_new <= self.engine.info.max_num_seqs
+        if not has_room and num_waiting + num_new > limit:
+            raise UnavailableError(
+                f"{num_waiting} requests are already waiting and at most {limit} may",
+                code="queue_full",
+            )
+
+    def check_token_ids(self, ids: Any, *, param: str) -> None:
+        """Raises `ApiError` for the first id outside the vocabulary."""
+        size = self.engine.info.vocab_size
+        if ids and (min(ids) < 0 or max(ids) >= size):
+            wrong = next(i for i in ids if not 0 <= i < size)
+            raise ApiError(
+                f"{param}: token ids must be from 0 to {size - 1}, got {wrong}", param=param
+            )
