@@ -8,11 +8,12 @@ writes to the first that accepts, and compiles anew when all fail.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +22,11 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
 
 _PACKAGE = __name__.partition(".")[0]
+_numba_config: Any = numba.config
 _log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _file_digest(path: str) -> bytes:
     return hashlib.sha256(Path(path).read_bytes()).digest()
 
@@ -80,57 +82,61 @@ class _Locator:
 
 def _directories() -> list[Path]:
     folders = []
-    if numba.config.CACHE_DIR:
-        folders.append(Path(numba.config.CACHE_DIR) / _PACKAGE)
+    if _numba_config.CACHE_DIR:
+        folders.append(Path(_numba_config.CACHE_DIR) / _PACKAGE)
     folders.append(Path(__file__).parent / "__pycache__")
-    try:
+    with contextlib.suppress(RuntimeError):  # no home directory
         folders.append(Path.home() / ".cache" / "octavo" / "kernels")
-    except RuntimeError:  # no home directory
-        pass
     return folders
 
 
-class MachineCodeCache(NullCache):  # type: ignore[misc]
-    """One function's entry: load from any directory, save to the first writable, never raise."""
+class MachineCodeCache(NullCache):
+    """One function's entry: load from any directory, save to the first writable, never raise.
+
+    Signatures are kept as text: a C callback's Signature does not hash alike once unpickled, so
+    numba's own index never finds it again.
+    """
 
     def __init__(
         self, function: Callable[..., Any], *, body: Callable[..., Any] | None = None
     ) -> None:
         stamp = _source_stamp(body or function)
-        self._caches = [_directory_cache(function, path, stamp) for path in _directories()]
+        self._caches: list[Any] = [
+            _directory_cache(function, path, stamp) for path in _directories()
+        ]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        for cache in self._caches:
+        for place in self._caches:
             try:
-                found = cache.load_overload(sig, target_context)
+                found = place.load_overload(str(sig), target_context)
             except Exception as error:
                 # Torn file, other numba version, foreign pickle: any of them means compile anew.
-                _log.debug("unreadable machine code in %s: %r", cache.cache_path, error)
+                _log.debug("unreadable machine code in %s: %r", place.cache_path, error)
                 continue
             if found is not None:
                 return found
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        for cache in self._caches:
+        for place in self._caches:
             try:
-                cache.save_overload(sig, data)
+                place.save_overload(str(sig), data)
             except OSError as error:
-                _log.debug("cannot keep machine code in %s: %s", cache.cache_path, error)
+                _log.debug("cannot keep machine code in %s: %s", place.cache_path, error)
             else:
                 return
 
 
-def _directory_cache(function: Callable[..., Any], directory: Path, stamp: str) -> FunctionCache:
-    class Located(CompileResultCacheImpl):  # type: ignore[misc]
+def _directory_cache(function: Callable[..., Any], directory: Path, stamp: str) -> Any:
+    class Located(CompileResultCacheImpl):
         def __init__(self, py_func: Callable[..., Any]) -> None:
             self._lineno = py_func.__code__.co_firstlineno
             self._locator = _Locator(directory, stamp)
-            self._filename_base = self.get_filename_base(
-                py_func.__name__, sys.implementation.cache_tag
-            )
+            base: Any = self.get_filename_base
+            self._filename_base = base(py_func.__name__, sys.implementation.cache_tag)
 
-    class LocatedCache(FunctionCache):  # type: ignore[misc]
+    class LocatedCache(FunctionCache):
         _impl_class = Located
 
-    return LocatedCache(function)
+    make: Any = LocatedCache
+    return make(function)

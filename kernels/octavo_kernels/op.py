@@ -81,12 +81,17 @@ class OpSpec:
     bench_cases: tuple[Case, ...] = ()
 
 
+def no_kernel(op: str, tensor: Tensor, *, have: tuple[str, ...] = ("cpu",)) -> ValueError:
+    """The refusal to raise where `op` has no kernel for the tensor's device."""
+    return ValueError(
+        f"{op} has no kernel for device {tensor.device.type!r}; it has {', '.join(have)}"
+    )
+
+
 def require_device(op: str, tensor: Tensor, *, have: tuple[str, ...] = ("cpu",)) -> None:
     """Raises ValueError where `op` has no kernel for the tensor's device."""
     if tensor.device.type not in have:
-        raise ValueError(
-            f"{op} has no kernel for device {tensor.device.type!r}; it has {', '.join(have)}"
-        )
+        raise no_kernel(op, tensor, have=have)
 
 
 def all_specs() -> list[OpSpec]:

@@ -25,7 +25,7 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.ccallback import CFunc
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _numba_intrinsic
 
 from octavo_kernels.machine_code import MachineCodeCache
 
@@ -46,7 +46,16 @@ _FUTEX = (
 )
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 
+
+def intrinsic(typer: Callable[..., Any]) -> Any:
+    """numba's intrinsic, typed for callers: kernels call it with values, without a context."""
+    return _numba_intrinsic(typer)
+
+
 _I64 = ir.IntType(64)
+
+
+declare: Any = cgutils.get_or_insert_function
 
 
 def _pointer(builder: Any, address: Any, type_: Any) -> Any:
@@ -104,7 +113,7 @@ def _pause(typingctx: Any) -> Any:
             name, values = "llvm.aarch64.hint", [ir.IntType(32)(1)]
         else:
             return context.get_dummy_value()
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+        builder.call(declare(builder.module, kind, name), values)
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -138,9 +147,9 @@ def _arg_float(typingctx: Any, args_address: Any, index: Any) -> Any:
     return types.float64(types.int64, types.int64), codegen
 
 
-_syscall = types.ExternalFunction("syscall", types.int64(*([types.int64] * 5)))
-_sched_yield = types.ExternalFunction("sched_yield", types.int32())
-_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+_syscall: Any = types.ExternalFunction("syscall", types.int64(*([types.int64] * 5)))
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
+_usleep: Any = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -253,6 +262,10 @@ def _dispatcher(function: Callable[..., Any], signature: Any) -> Any:
     return dispatcher
 
 
+def _is_float(body: Callable[..., None], name: str) -> bool:
+    return body.__annotations__.get(name) in (float, "float")
+
+
 class Kernel:
     """A compiled `body(part, num_parts, *args)`; calling it runs all parts and returns.
 
@@ -269,8 +282,8 @@ class Kernel:
         assert names[:2] == ("part", "num_parts") and len(names) <= MAX_ARGS + 2
         self._names = names[2:]
         self._body = body
-        floats = [body.__annotations__.get(name) in (float, "float") for name in self._names]
-        self._pack = struct.Struct("=" + "".join("d" if f else "q" for f in floats)).pack_into
+        codes = ("d" if _is_float(body, name) else "q" for name in self._names)
+        self._pack = struct.Struct("=" + "".join(codes)).pack_into
         self._address = 0
         self.name = f"{body.__module__}.{body.__name__}"
 
@@ -308,25 +321,31 @@ _COMPILE_LOCK = threading.Lock()
 def _compile(body: Callable[..., None], names: tuple[str, ...]) -> int:
     """Compiles body behind a C entry `(part, num_parts, args)` that unpacks its arguments."""
     loads = [
-        f"_arg_{'float' if body.__annotations__.get(name) in (float, 'float') else 'int'}(args, {i})"
-        for i, name in enumerate(names)
+        f"_arg_{'float' if _is_float(body, name) else 'int'}(args, {index})"
+        for index, name in enumerate(names)
     ]
     entry_name = f"{body.__module__.replace('.', '_')}__{body.__name__}"
-    source = f"def {entry_name}(part, num_parts, args):\n    body({', '.join(['part', 'num_parts', *loads])})\n"
-    scope = {"body": _jit(body), "_arg_int": _arg_int, "_arg_float": _arg_float}
+    values = ", ".join(["part", "num_parts", *loads])
+    source = f"def {entry_name}(part, num_parts, args):\n    body({values})\n"
+    scope: dict[str, Any] = {
+        "__name__": body.__module__,
+        "body": _jit(body),
+        "_arg_int": _arg_int,
+        "_arg_float": _arg_float,
+    }
     exec(compile(source, body.__code__.co_filename, "exec"), scope)
     entry = scope[entry_name]
     with _COMPILE_LOCK:
         arguments = (types.int64, types.int64, types.int64)
         options = {"error_model": "numpy", "nopython": True, "nogil": True}
-        compiled = CFunc(entry, (arguments, types.void), {}, options)
+        compiled: Any = CFunc(entry, (arguments, types.void), {}, options)
         compiled._cache = MachineCodeCache(entry, body=body)
         compiled.compile()
     _KEEP.append(compiled)
     return int(compiled.address)
 
 
-_KEEP: list[CFunc] = []  # machine code lives as long as its CFunc
+_KEEP: list[Any] = []  # machine code lives as long as its CFunc
 _current: _Pool | None = None
 _wanted_threads = 0
 _start_lock = threading.Lock()
@@ -348,7 +367,11 @@ def _start() -> _Pool:
 
 def num_threads() -> int:
     """Threads that share a launch, the caller's included."""
-    return _wanted_threads or len(os.sched_getaffinity(0))
+    if _wanted_threads:
+        return _wanted_threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def set_num_threads(count: int) -> None:

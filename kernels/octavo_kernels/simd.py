@@ -14,132 +14,63 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.datamodel import models
-from numba.extending import intrinsic, register_model
+from numba.core import types
 
 from octavo_kernels.parallel import device
-
-LANES = 16
-
-_F32, _F16, _I1 = ir.FloatType(), ir.HalfType(), ir.IntType(1)
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_VF32, _VI32, _VI1 = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I1))
-_VF16, _VI16 = ir.VectorType(_F16, LANES), ir.VectorType(_I16, LANES)
-
-
-class VectorType(types.Type):  # type: ignore[misc]
-    """The numba type of a 16-lane vector: element name and LLVM type."""
-
-    def __init__(self, element: str, llvm: ir.VectorType) -> None:
-        self.llvm = llvm
-        super().__init__(name=f"{element}x{LANES}")
-
-
-@register_model(VectorType)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, dmm: Any, fe_type: VectorType) -> None:
-        super().__init__(dmm, fe_type, fe_type.llvm)
-
-
-f32x16 = VectorType("f32", _VF32)
-i32x16 = VectorType("i32", _VI32)
-mask16 = VectorType("i1", _VI1)
-
-Emit = Callable[[Any, Any], Any]  # (builder, [LLVM values]) -> LLVM value or None
-
-
-def _op(result: Any, *arguments: Any) -> Callable[[Emit], Any]:
-    """Decorator: turns an emitter into a numba intrinsic of the given, fixed types."""
-
-    def make(emit: Emit) -> Any:
-        names = ", ".join(f"a{i}" for i in range(len(arguments)))
-
-        def typer(*_: Any) -> Any:
-            def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-                value = emit(builder, args)
-                return context.get_dummy_value() if value is None else value
-
-            return result(*arguments), codegen
-
-        # numba reads the number of arguments off the signature, so it needs one with names.
-        scope: dict[str, Any] = {"typer": typer}
-        call = f"typer(context{', ' if names else ''}{names})"
-        exec(f"def {emit.__name__}(context{', ' if names else ''}{names}): return {call}", scope)
-        typed = scope[emit.__name__]
-        typed.__module__, typed.__doc__ = emit.__module__, emit.__doc__
-        return intrinsic(typed)
-
-    return make
-
-
-def pointer(builder: Any, address: Any, type_: Any) -> Any:
-    """LLVM pointer of an integer address."""
-    return builder.inttoptr(address, type_.as_pointer())
-
-
-def call_llvm(builder: Any, name: str, result: Any, values: list[Any]) -> Any:
-    """Calls an LLVM intrinsic such as `llvm.fma.v16f32`."""
-    kind = ir.FunctionType(result, [value.type for value in values])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
-
-
-def emit_splat(builder: Any, scalar: Any) -> Any:
-    """LLVM: all lanes equal to scalar."""
-    kind = ir.VectorType(scalar.type, LANES)
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _I32(0))
-    zeros = ir.Constant(ir.VectorType(_I32, LANES), None)
-    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
-
-
-def emit_load(builder: Any, address: Any, dtype: str) -> Any:
-    """LLVM: 16 floats widened from `float32`, `bfloat16` or `float16` memory."""
-    if dtype == "float32":
-        return builder.load(pointer(builder, address, _VF32), align=4)
-    if dtype == "float16":
-        return builder.fpext(builder.load(pointer(builder, address, _VF16), align=2), _VF32)
-    assert dtype == "bfloat16", dtype
-    bits = builder.zext(builder.load(pointer(builder, address, _VI16), align=2), _VI32)
-    return builder.bitcast(builder.shl(bits, ir.Constant(_VI32, [16] * LANES)), _VF32)
-
-
-def emit_first_lanes(builder: Any, count: Any) -> Any:
-    """LLVM: mask of the lanes below an i64 count."""
-    ids = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
-    return builder.icmp_signed("<", ids, emit_splat(builder, count))
-
+from octavo_kernels.vectors import (
+    F16,
+    F32,
+    I1,
+    I16,
+    I32,
+    I64,
+    VF16,
+    VF32,
+    VI16,
+    VI32,
+    f32x16,
+    i32x16,
+    mask16,
+    vector_op,
+)
+from octavo_kernels.vectors import LANES as LANES
+from octavo_kernels.vectors import call_llvm as call_llvm
+from octavo_kernels.vectors import emit_first_lanes as emit_first_lanes
+from octavo_kernels.vectors import emit_load as emit_load
+from octavo_kernels.vectors import emit_splat as emit_splat
+from octavo_kernels.vectors import pointer as pointer
 
 # ---- memory ----------------------------------------------------------------------------------
 
 
-@_op(f32x16, types.int64)
+@vector_op(f32x16, types.int64)
 def load_f32(b: Any, a: Any) -> Any:
     """16 float32 at an address."""
     return emit_load(b, a[0], "float32")
 
 
-@_op(f32x16, types.int64)
+@vector_op(f32x16, types.int64)
 def load_bf16(b: Any, a: Any) -> Any:
     """16 bfloat16 at an address, widened exactly."""
     return emit_load(b, a[0], "bfloat16")
 
 
-@_op(f32x16, types.int64)
+@vector_op(f32x16, types.int64)
 def load_f16(b: Any, a: Any) -> Any:
     """16 float16 at an address, widened exactly."""
     return emit_load(b, a[0], "float16")
 
 
-@_op(types.void, types.int64, f32x16)
+@vector_op(types.void, types.int64, f32x16)
 def store_f32(b: Any, a: Any) -> Any:
     """Stores 16 float32."""
-    b.store(a[1], pointer(b, a[0], _VF32), align=4)
+    b.store(a[1], pointer(b, a[0], VF32), align=4)
 
 
-@_op(types.void, types.int64, f32x16)
+@vector_op(types.void, types.int64, f32x16)
 def store_f16(b: Any, a: Any) -> Any:
     """Stores 16 floats rounded to nearest even float16."""
-    b.store(b.fptrunc(a[1], _VF16), pointer(b, a[0], _VF16), align=2)
+    b.store(b.fptrunc(a[1], VF16), pointer(b, a[0], VF16), align=2)
 
 
 def _round_bf16(b: Any, value: Any, int_type: Any, const: Callable[[int], Any]) -> Any:
@@ -151,160 +82,160 @@ def _round_bf16(b: Any, value: Any, int_type: Any, const: Callable[[int], Any]) 
     return b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
 
 
-@_op(types.void, types.int64, f32x16)
+@vector_op(types.void, types.int64, f32x16)
 def store_bf16(b: Any, a: Any) -> Any:
     """Stores 16 floats rounded to nearest even bfloat16."""
-    half = _round_bf16(b, a[1], _VI32, lambda c: ir.Constant(_VI32, [c] * LANES))
-    b.store(b.trunc(half, _VI16), pointer(b, a[0], _VI16), align=2)
+    half = _round_bf16(b, a[1], VI32, lambda c: ir.Constant(VI32, [c] * LANES))
+    b.store(b.trunc(half, VI16), pointer(b, a[0], VI16), align=2)
 
 
-@_op(i32x16, types.int64)
+@vector_op(i32x16, types.int64)
 def load_i32(b: Any, a: Any) -> Any:
     """16 int32 at an address."""
-    return b.load(pointer(b, a[0], _VI32), align=4)
+    return b.load(pointer(b, a[0], VI32), align=4)
 
 
-@_op(types.void, types.int64, i32x16)
+@vector_op(types.void, types.int64, i32x16)
 def store_i32(b: Any, a: Any) -> Any:
     """Stores 16 int32."""
-    b.store(a[1], pointer(b, a[0], _VI32), align=4)
+    b.store(a[1], pointer(b, a[0], VI32), align=4)
 
 
-@_op(types.float32, types.int64)
+@vector_op(types.float32, types.int64)
 def get_f32(b: Any, a: Any) -> Any:
     """One float32 at an address."""
-    return b.load(pointer(b, a[0], _F32), align=4)
+    return b.load(pointer(b, a[0], F32), align=4)
 
 
-@_op(types.float32, types.int64)
+@vector_op(types.float32, types.int64)
 def get_f16(b: Any, a: Any) -> Any:
     """One float16 at an address, widened."""
-    return b.fpext(b.load(pointer(b, a[0], _F16), align=2), _F32)
+    return b.fpext(b.load(pointer(b, a[0], F16), align=2), F32)
 
 
-@_op(types.float32, types.int64)
+@vector_op(types.float32, types.int64)
 def get_bf16(b: Any, a: Any) -> Any:
     """One bfloat16 at an address, widened."""
-    bits = b.zext(b.load(pointer(b, a[0], _I16), align=2), _I32)
-    return b.bitcast(b.shl(bits, _I32(16)), _F32)
+    bits = b.zext(b.load(pointer(b, a[0], I16), align=2), I32)
+    return b.bitcast(b.shl(bits, I32(16)), F32)
 
 
-@_op(types.int64, types.int64)
+@vector_op(types.int64, types.int64)
 def get_i32(b: Any, a: Any) -> Any:
     """One int32 at an address, sign-extended."""
-    return b.sext(b.load(pointer(b, a[0], _I32), align=4), _I64)
+    return b.sext(b.load(pointer(b, a[0], I32), align=4), I64)
 
 
-@_op(types.int64, types.int64)
+@vector_op(types.int64, types.int64)
 def get_i64(b: Any, a: Any) -> Any:
     """One int64 at an address."""
-    return b.load(pointer(b, a[0], _I64), align=8)
+    return b.load(pointer(b, a[0], I64), align=8)
 
 
-@_op(types.void, types.int64, types.float32)
+@vector_op(types.void, types.int64, types.float32)
 def put_f32(b: Any, a: Any) -> Any:
     """Stores one float32."""
-    b.store(a[1], pointer(b, a[0], _F32), align=4)
+    b.store(a[1], pointer(b, a[0], F32), align=4)
 
 
-@_op(types.void, types.int64, types.float32)
+@vector_op(types.void, types.int64, types.float32)
 def put_f16(b: Any, a: Any) -> Any:
     """Stores one float rounded to float16."""
-    b.store(b.fptrunc(a[1], _F16), pointer(b, a[0], _F16), align=2)
+    b.store(b.fptrunc(a[1], F16), pointer(b, a[0], F16), align=2)
 
 
-@_op(types.void, types.int64, types.float32)
+@vector_op(types.void, types.int64, types.float32)
 def put_bf16(b: Any, a: Any) -> Any:
     """Stores one float rounded to bfloat16."""
-    half = _round_bf16(b, a[1], _I32, _I32)
-    b.store(b.trunc(half, _I16), pointer(b, a[0], _I16), align=2)
+    half = _round_bf16(b, a[1], I32, I32)
+    b.store(b.trunc(half, I16), pointer(b, a[0], I16), align=2)
 
 
-@_op(types.void, types.int64, types.int64)
+@vector_op(types.void, types.int64, types.int64)
 def put_i32(b: Any, a: Any) -> Any:
     """Stores the low 32 bits of an integer."""
-    b.store(b.trunc(a[1], _I32), pointer(b, a[0], _I32), align=4)
+    b.store(b.trunc(a[1], I32), pointer(b, a[0], I32), align=4)
 
 
-@_op(types.void, types.int64, types.int64)
+@vector_op(types.void, types.int64, types.int64)
 def put_i64(b: Any, a: Any) -> Any:
     """Stores one int64."""
-    b.store(a[1], pointer(b, a[0], _I64), align=8)
+    b.store(a[1], pointer(b, a[0], I64), align=8)
 
 
-@_op(types.void, types.int64)
+@vector_op(types.void, types.int64)
 def prefetch(b: Any, a: Any) -> Any:
     """Asks for the cache line of an address; never faults."""
-    values = [pointer(b, a[0], ir.IntType(8)), _I32(0), _I32(3), _I32(1)]
+    values = [pointer(b, a[0], ir.IntType(8)), I32(0), I32(3), I32(1)]
     call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), values)
 
 
-@_op(types.void, types.int64, types.int64, types.int64)
+@vector_op(types.void, types.int64, types.int64, types.int64)
 def copy_bytes(b: Any, a: Any) -> Any:
     """copy_bytes(to, from, count): memcpy; the ranges must not overlap."""
     byte = ir.IntType(8)
-    values = [pointer(b, a[0], byte), pointer(b, a[1], byte), a[2], _I1(0)]
+    values = [pointer(b, a[0], byte), pointer(b, a[1], byte), a[2], I1(0)]
     call_llvm(b, "llvm.memcpy.p0.p0.i64", ir.VoidType(), values)
 
 
 # ---- arithmetic ------------------------------------------------------------------------------
 
 
-@_op(f32x16, types.float32)
+@vector_op(f32x16, types.float32)
 def splat(b: Any, a: Any) -> Any:
     """All lanes equal to a float32."""
     return emit_splat(b, a[0])
 
 
-@_op(f32x16, f32x16, f32x16, f32x16)
+@vector_op(f32x16, f32x16, f32x16, f32x16)
 def fma(b: Any, a: Any) -> Any:
     """a * b + c rounded once, per lane."""
-    return call_llvm(b, "llvm.fma.v16f32", _VF32, list(a))
+    return call_llvm(b, "llvm.fma.v16f32", VF32, list(a))
 
 
-@_op(types.float32, types.float32, types.float32, types.float32)
+@vector_op(types.float32, types.float32, types.float32, types.float32)
 def fma1(b: Any, a: Any) -> Any:
     """Scalar a * b + c rounded once."""
-    return call_llvm(b, "llvm.fma.f32", _F32, list(a))
+    return call_llvm(b, "llvm.fma.f32", F32, list(a))
 
 
-@_op(f32x16, f32x16, f32x16)
+@vector_op(f32x16, f32x16, f32x16)
 def add(b: Any, a: Any) -> Any:
     """a + b."""
     return b.fadd(a[0], a[1])
 
 
-@_op(f32x16, f32x16, f32x16)
+@vector_op(f32x16, f32x16, f32x16)
 def sub(b: Any, a: Any) -> Any:
     """a - b."""
     return b.fsub(a[0], a[1])
 
 
-@_op(f32x16, f32x16, f32x16)
+@vector_op(f32x16, f32x16, f32x16)
 def mul(b: Any, a: Any) -> Any:
     """a * b."""
     return b.fmul(a[0], a[1])
 
 
-@_op(f32x16, f32x16, f32x16)
+@vector_op(f32x16, f32x16, f32x16)
 def div(b: Any, a: Any) -> Any:
     """a / b."""
     return b.fdiv(a[0], a[1])
 
 
-@_op(f32x16, f32x16)
+@vector_op(f32x16, f32x16)
 def sqrt(b: Any, a: Any) -> Any:
     """Square root, correctly rounded."""
-    return call_llvm(b, "llvm.sqrt.v16f32", _VF32, list(a))
+    return call_llvm(b, "llvm.sqrt.v16f32", VF32, list(a))
 
 
-@_op(f32x16, f32x16, f32x16)
+@vector_op(f32x16, f32x16, f32x16)
 def maximum(b: Any, a: Any) -> Any:
     """a where a > b, else b: a NaN in a is dropped, one in b stays."""
     return b.select(b.fcmp_ordered(">", a[0], a[1]), a[0], a[1])
 
 
-@_op(f32x16, f32x16, f32x16)
+@vector_op(f32x16, f32x16, f32x16)
 def minimum(b: Any, a: Any) -> Any:
     """a where a < b, else b: a NaN in a is dropped, one in b stays."""
     return b.select(b.fcmp_ordered("<", a[0], a[1]), a[0], a[1])
@@ -313,69 +244,69 @@ def minimum(b: Any, a: Any) -> Any:
 # ---- masks and lanes -------------------------------------------------------------------------
 
 
-@_op(i32x16)
+@vector_op(i32x16)
 def lane_ids(b: Any, a: Any) -> Any:
     """0, 1, .. 15."""
-    return ir.Constant(_VI32, list(range(LANES)))
+    return ir.Constant(VI32, list(range(LANES)))
 
 
-@_op(mask16, types.int64)
+@vector_op(mask16, types.int64)
 def first_lanes(b: Any, a: Any) -> Any:
     """True in lanes below count; count may be any integer."""
     return emit_first_lanes(b, a[0])
 
 
-@_op(mask16, f32x16, f32x16)
+@vector_op(mask16, f32x16, f32x16)
 def less(b: Any, a: Any) -> Any:
     """a < b per lane; False on NaN."""
     return b.fcmp_ordered("<", a[0], a[1])
 
 
-@_op(mask16, f32x16, f32x16)
+@vector_op(mask16, f32x16, f32x16)
 def equal(b: Any, a: Any) -> Any:
     """a == b per lane; False on NaN."""
     return b.fcmp_ordered("==", a[0], a[1])
 
 
-@_op(mask16, mask16, mask16)
+@vector_op(mask16, mask16, mask16)
 def both(b: Any, a: Any) -> Any:
     """Mask and mask."""
     return b.and_(a[0], a[1])
 
 
-@_op(mask16, mask16)
+@vector_op(mask16, mask16)
 def invert(b: Any, a: Any) -> Any:
     """Not mask."""
     return b.not_(a[0])
 
 
-@_op(f32x16, mask16, f32x16, f32x16)
+@vector_op(f32x16, mask16, f32x16, f32x16)
 def select(b: Any, a: Any) -> Any:
     """a where mask, else b."""
     return b.select(a[0], a[1], a[2])
 
 
-@_op(types.int64, mask16)
+@vector_op(types.int64, mask16)
 def mask_bits(b: Any, a: Any) -> Any:
     """The mask as an integer, lane 0 in bit 0."""
-    return b.zext(b.bitcast(a[0], _I16), _I64)
+    return b.zext(b.bitcast(a[0], I16), I64)
 
 
-@_op(f32x16, types.int64, mask16)
+@vector_op(f32x16, types.int64, mask16)
 def load_f32_masked(b: Any, a: Any) -> Any:
     """float32 where the mask is set, 0 elsewhere; memory outside the mask is not touched."""
-    values = [pointer(b, a[0], _VF32), _I32(4), a[1], ir.Constant(_VF32, None)]
-    return call_llvm(b, "llvm.masked.load.v16f32.p0", _VF32, values)
+    values = [pointer(b, a[0], VF32), I32(4), a[1], ir.Constant(VF32, None)]
+    return call_llvm(b, "llvm.masked.load.v16f32.p0", VF32, values)
 
 
-@_op(types.void, types.int64, f32x16, mask16)
+@vector_op(types.void, types.int64, f32x16, mask16)
 def store_f32_masked(b: Any, a: Any) -> Any:
     """Stores the lanes where the mask is set; other memory is not touched."""
-    values = [a[1], pointer(b, a[0], _VF32), _I32(4), a[2]]
+    values = [a[1], pointer(b, a[0], VF32), I32(4), a[2]]
     call_llvm(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), values)
 
 
-@_op(types.float32, f32x16, types.int64)
+@vector_op(types.float32, f32x16, types.int64)
 def lane(b: Any, a: Any) -> Any:
     """One lane."""
     return b.extract_element(a[0], a[1])
@@ -391,21 +322,21 @@ def _reduce(b: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
             b.shuffle_vector(
                 vector,
                 undefined,
-                ir.Constant(ir.VectorType(_I32, width), list(range(at, at + width))),
+                ir.Constant(ir.VectorType(I32, width), list(range(at, at + width))),
             )
             for at in (0, width)
         ]
         vector = combine(*parts)
-    return b.extract_element(vector, _I32(0))
+    return b.extract_element(vector, I32(0))
 
 
-@_op(types.float32, f32x16)
+@vector_op(types.float32, f32x16)
 def reduce_add(b: Any, a: Any) -> Any:
     """Sum of the lanes by halving, in a fixed order."""
     return _reduce(b, a[0], b.fadd)
 
 
-@_op(types.float32, f32x16)
+@vector_op(types.float32, f32x16)
 def reduce_max(b: Any, a: Any) -> Any:
     """Greatest lane; meant for vectors without NaN."""
     return _reduce(b, a[0], lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
@@ -417,34 +348,28 @@ def reduce_max(b: Any, a: Any) -> Any:
 _ROUNDER = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 
 
-@_op(f32x16, f32x16)
+@vector_op(f32x16, f32x16)
 def _power_of_two(b: Any, a: Any) -> Any:
     """2**n from n + _ROUNDER, n integral in [-126, 127]; the bits above n shift out."""
-    biased = b.add(b.bitcast(a[0], _VI32), ir.Constant(_VI32, [127] * LANES))
-    return b.bitcast(b.shl(biased, ir.Constant(_VI32, [23] * LANES)), _VF32)
+    biased = b.add(b.bitcast(a[0], VI32), ir.Constant(VI32, [127] * LANES))
+    return b.bitcast(b.shl(biased, ir.Constant(VI32, [23] * LANES)), VF32)
 
 
-@_op(f32x16, f32x16)
+@vector_op(f32x16, f32x16)
 def _expm1_over_r2(b: Any, a: Any) -> Any:
-    """(e**r - 1 - r) / r**2 for |r| <= ln(2)/2: interpolated at Chebyshev nodes, 0.2 ulp off at most."""
-    terms = [
-        0.5,
-        0.16666576266288757,
-        0.04166655242443085,
-        0.00836323294788599,
-        0.0013926250394433737,
-    ]
-    value = ir.Constant(_VF32, [terms[-1]] * LANES)
+    """(e**r - 1 - r) / r**2 for |r| <= ln(2)/2, interpolated at Chebyshev nodes; 0.2 ulp off."""
+    terms = [0.5, 0.16666576266288757, 0.04166655242443085]
+    terms += [0.00836323294788599, 0.0013926250394433737]
+    value: Any = ir.Constant(VF32, [terms[-1]] * LANES)
     for term in reversed(terms[:-1]):
-        value = call_llvm(
-            b, "llvm.fma.v16f32", _VF32, [value, a[0], ir.Constant(_VF32, [term] * LANES)]
-        )
+        constant = ir.Constant(VF32, [term] * LANES)
+        value = call_llvm(b, "llvm.fma.v16f32", VF32, [value, a[0], constant])
     return value
 
 
 @device
-def exp(x):  # type: ignore[no-untyped-def]
-    """e**x per lane, within 2 ulp; 0 at -inf, inf at inf, NaN at NaN; subnormal results included."""
+def exp(x: Any) -> Any:
+    """e**x per lane, within 2 ulp, subnormals included; 0 at -inf, inf at inf, NaN at NaN."""
     # Ordered so that a NaN in x survives; beyond these bounds the result is 0 or inf anyway.
     x = maximum(splat(np.float32(-104.0)), minimum(splat(np.float32(89.0)), x))
     rounder = splat(np.float32(_ROUNDER))
@@ -460,7 +385,7 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @device
-def exp_flushed(x):  # type: ignore[no-untyped-def]
+def exp_flushed(x: Any) -> Any:
     """e**x per lane for x <= 0, within 2 ulp; 0 below -87, where results near subnormal begin.
 
     For softmax: subnormals cost a hundred cycles each and weigh nothing beside the largest 1.

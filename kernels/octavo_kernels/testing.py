@@ -35,7 +35,7 @@ def widen(value: Any) -> Any:
 
 
 def guarded_empty(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """A NaN-filled (or, for integers, lowest-valued) tensor inside canaries, and the whole store."""
+    """A tensor of NaN (of the lowest value, if integer) between canaries, and the whole store."""
     count = 1
     for size in shape:
         count *= size

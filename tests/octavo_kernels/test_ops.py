@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from octavo_kernels.op import Case, OpSpec, all_specs
 from octavo_kernels.testing import check_case, check_rows
 

@@ -6,12 +6,15 @@ place, the number of threads or the vector width: a row's bits depend on that ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from octavo_kernels.matmul.cpu import gather_kernel, matmul_kernel
 from octavo_kernels.matmul.packed import PACKED_DTYPES, PackedWeight, pack_rows_, unpack
-from octavo_kernels.op import require_device
+from octavo_kernels.op import no_kernel
+from octavo_kernels.simd import LANES
 
 __all__ = ["PackedWeight", "gather_rows", "matmul", "pack_rows_", "unpack", "warm"]
 
@@ -34,54 +37,47 @@ def matmul(
     Weights of 16 bits are widened exactly; sums are float32. `out` may be neither x nor residual.
     Raises ValueError for another device, dtype or shape, or for tensors that are not contiguous.
     """
-    num_rows, n, k = _check(x, weight, bias, residual, out)
+    n, k = weight.n, weight.k
+    if not _is_plain(x) or x.dim() != 2 or x.shape[1] != k:
+        raise _refusal("x", x, ["T", k])
+    num_rows = x.shape[0]
+    shape = (num_rows, n)
     if out is None:
-        out = torch.empty((num_rows, n), dtype=torch.float32)
+        out = torch.empty(shape, dtype=torch.float32)
+    elif not _is_plain(out) or out.shape != shape:
+        raise _refusal("out", out, shape)
+    bias_at = residual_at = 0
+    if bias is not None:
+        if not _is_plain(bias) or bias.shape != (n,):
+            raise _refusal("bias", bias, [n])
+        bias_at = bias.data_ptr()
+    out_at = out.data_ptr()
+    if residual is not None:
+        if not _is_plain(residual) or residual.shape != shape:
+            raise _refusal("residual", residual, shape)
+        residual_at = residual.data_ptr()
+        if residual_at == out_at and num_rows:
+            raise ValueError("matmul cannot add a residual that is also its out")
     if num_rows:
         data = weight.data
         panels, _, width = data.shape
         parts = 1 if num_rows * n * k < _ALONE else min(panels, _MAX_PARTS)
-        matmul_kernel(_NAMES[data.dtype], width // 16)(
-            parts,
-            x.data_ptr(),
-            data.data_ptr(),
-            out.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            num_rows,
-            n,
-            k,
-        )
+        run = matmul_kernel(_NAMES[data.dtype], width // LANES)
+        run(parts, x.data_ptr(), data.data_ptr(), out_at, bias_at, residual_at, num_rows, n, k)
     return out
 
 
-def _check(
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor | None,
-) -> tuple[int, int, int]:
-    if x.device.type != "cpu":
-        require_device("matmul", x)
-    n, k = weight.n, weight.k
-    if x.dim() != 2 or x.shape[1] != k:
-        raise ValueError(f"matmul needs x of shape [T, {k}], got {tuple(x.shape)}")
-    num_rows = x.shape[0]
-    for name, tensor, shape in (
-        ("x", x, (num_rows, k)),
-        ("bias", bias, (n,)),
-        ("residual", residual, (num_rows, n)),
-        ("out", out, (num_rows, n)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(
-                f"matmul needs {name} contiguous float32 {list(shape)}, got"
-                f" {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
-            )
-    return num_rows, n, k
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+def _refusal(name: str, tensor: Tensor, shape: Sequence[int | str]) -> ValueError:
+    if not tensor.is_cpu:
+        return no_kernel("matmul", tensor)
+    return ValueError(
+        f"matmul needs {name} contiguous float32 {list(shape)}, got"
+        f" {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+    )
 
 
 def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
@@ -90,8 +86,8 @@ def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     Lets a tied embedding live only in the head's panels. Raises ValueError for another device or
     dtype; ids out of range are the caller's error and are checked (a negative id does not wrap).
     """
-    if ids.device.type != "cpu":
-        require_device("gather_rows", ids)
+    if not ids.is_cpu:
+        raise no_kernel("gather_rows", ids)
     if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"gather_rows needs ids [T] int32 or int64, got {ids.dtype} {list(ids.shape)}"

@@ -6,7 +6,7 @@ one, a panel is read from memory once and every tile of rows is computed from it
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from octavo_kernels.matmul.tile import ITEM_BYTES, make_tiles
 from octavo_kernels.parallel import Kernel, device, kernel
@@ -26,12 +26,14 @@ from octavo_kernels.simd import (
 # Panel width in vectors -> rows of the largest register tile: 8 x 48 fills 27 of AVX-512's 32
 # registers, 6 x 16 fills 15 of AVX2's 16 (as pairs) and 29 of NEON's 32 (as quadruples).
 TILE_ROWS = {3: 8, 1: 6}
-# A slice of a panel that stays in a core's first-level cache while all rows pass over it.
-_SLICE_BYTES = 24 * 1024
+# A slice of a panel that stays in a core's second-level cache while all rows pass over it.
+_SLICE_BYTES = 320 * 1024
 
 
 @device
-def _add_extras(out, rows, columns, out_stride, bias, residual):  # type: ignore[no-untyped-def]
+def _add_extras(
+    out: int, rows: int, columns: int, out_stride: int, bias: int, residual: int
+) -> None:
     """out = (out + bias) + residual over one tile; either may be absent (address 0)."""
     for r in range(rows):
         for c in range(0, columns, LANES):
@@ -45,7 +47,7 @@ def _add_extras(out, rows, columns, out_stride, bias, residual):  # type: ignore
             store_f32_masked(out + at, value, mask)
 
 
-@lru_cache(maxsize=None)
+@cache
 def matmul_kernel(dtype: str, vectors: int) -> Kernel:
     """The matmul kernel for one weight type and panel width (in 16-lane vectors)."""
     tile_rows = TILE_ROWS[vectors]
@@ -101,7 +103,7 @@ def matmul_kernel(dtype: str, vectors: int) -> Kernel:
     return kernel(body)
 
 
-@lru_cache(maxsize=None)
+@cache
 def gather_kernel(dtype: str) -> Kernel:
     """The kernel that reads rows back out of panels, for one weight type."""
     get = {"float32": get_f32, "bfloat16": get_bf16, "float16": get_f16}[dtype]

@@ -1,16 +1,22 @@
-"""Emits the register tile of the CPU matmul; knows one tile's loop, nothing of panels or tensors."""
+"""Emits the register tile of the CPU matmul; knows one tile's loop, no panels or tensors."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
-from octavo_kernels.parallel import device
-from octavo_kernels.simd import LANES, call_llvm, emit_first_lanes, emit_load, emit_splat, pointer
+from octavo_kernels.parallel import device, intrinsic
+from octavo_kernels.vectors import (
+    LANES,
+    call_llvm,
+    emit_first_lanes,
+    emit_load,
+    emit_splat,
+    pointer,
+)
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNROLL = 4
@@ -20,7 +26,7 @@ _VF32 = ir.VectorType(_F32, LANES)
 _ZERO = ir.Constant(_VF32, None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_tile(rows: int, vectors: int, dtype: str) -> Any:
     """Intrinsic for a tile of rows x (16 * vectors) outputs, all held in registers.
 
@@ -133,13 +139,16 @@ def _emit_loop(
     return done
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_tiles(max_rows: int, vectors: int, dtype: str) -> Any:
     """Device function run(rows, *tile arguments) that picks the tile of 1..max_rows rows."""
     names = "x, x_stride, w, k, out, out_stride, columns, resume"
     lines = [f"def run(rows, {names}):"]
     for rows in range(1, max_rows + 1):
         lines += [f"    if rows == {rows}:", f"        tile_{rows}({names})"]
-    scope = {f"tile_{rows}": make_tile(rows, vectors, dtype) for rows in range(1, max_rows + 1)}
+    scope: dict[str, Any] = {
+        f"tile_{rows}": make_tile(rows, vectors, dtype) for rows in range(1, max_rows + 1)
+    }
+    scope["__name__"] = __name__
     exec("\n".join(lines), scope)
     return device(scope["run"])
