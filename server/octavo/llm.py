@@ -118,6 +118,7 @@ class LLM:
         self._defaults = files.generation_config if uses_model else {}
         self._template: ChatTemplate | None = None
         self._ids = itertools.count()
+        self.num_preemptions = 0  # of all requests so far
         self.info: EngineInfo
         self._core, self.info = build_engine(self.config)
 
@@ -288,7 +289,10 @@ class LLM:
     def _step(self, running: dict[str, _Job]) -> None:
         """One engine step; takes what has ended out of ``running``."""
         assert self._core.has_work, "requests are running and the engine has nothing to do"
-        for output in self._core.step().outputs:
+        step = self._core.step()
+        if step.stats is not None:
+            self.num_preemptions += step.stats.preemptions
+        for output in step.outputs:
             job = running.get(output.request_id)
             if job is not None and self._read(job, output):
                 del running[output.request_id]
