@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from octavo.scheduler.request import Request
 from octavo.types import BlockCopy, NewRequest, SchedulerOutput
 
-
-class Entry(NamedTuple):
-    """One request's share of a step: it computes tokens ``[start, end)``."""
-
-    request: Request
-    epoch: int
-    start: int
-    end: int
-    samples: bool
+# One request's share of a step: request, epoch, start, end, samples. It computes tokens
+# ``[start, end)``. A bare tuple, since one is made per request and step.
+Entry = tuple[Request, int, int, int, bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -39,13 +32,12 @@ class Plan:
 
     def undo(self, request: Request) -> None:
         """Takes a request that runs already back out of the step."""
-        i = next(i for i, entry in enumerate(self.entries) if entry.request is request)
-        entry = self.entries.pop(i)
-        self.budget += entry.end - entry.start
+        i = next(i for i, entry in enumerate(self.entries) if entry[0] is request)
+        _, _, start, end, samples = self.entries.pop(i)
+        self.budget += end - start
         del self.num_scheduled[request.request_id]
         self.new_block_ids.pop(request.request_id, None)
-        request.num_inflight -= 1
-        if entry.samples and request.num_tokens > entry.end:
+        if samples and request.num_tokens > end:
             request.num_tokens -= 1
 
     def output(self, finished_request_ids: tuple[str, ...]) -> SchedulerOutput:

@@ -6,8 +6,10 @@ first those that run, then those that wait.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from octavo.scheduler.live import LiveRequests
-from octavo.scheduler.plan import Entry, Plan
+from octavo.scheduler.plan import Plan
 from octavo.scheduler.request import NEVER, Request, Status
 from octavo.types import NewRequest
 
@@ -19,6 +21,7 @@ class Planner:
         max_num_seqs: most requests running at once.
         max_num_batched_tokens: most tokens in a step.
         max_chunk: most tokens of one request in a step; 0 = no such limit.
+        inflight: the plans of steps whose results are not in yet; the scheduler keeps it.
     """
 
     def __init__(
@@ -28,12 +31,14 @@ class Planner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_chunk: int,
+        inflight: Collection[Plan],
     ) -> None:
         self._live = live
         self._kv = live.kv
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_chunk = max_chunk or NEVER
+        self._inflight = inflight
 
     def plan(self, step: int, *, now: float) -> Plan:
         plan = Plan(step=step, budget=self._max_num_batched_tokens)
@@ -45,10 +50,12 @@ class Planner:
 
     def _continue_running(self, plan: Plan) -> None:
         full_blocks: list[Request] = []
+        running = Status.RUNNING
         for request in tuple(self._live.running.values()):
             start = request.num_computed
-            num_left = min(request.num_tokens, request.end) - start
-            if num_left <= 0 or request.status is not Status.RUNNING:
+            num_left = request.num_tokens - start
+            # The second: it awaits the results of its last token. The third: just preempted.
+            if num_left <= 0 or start >= request.end or request.status is not running:
                 continue
             if plan.budget <= 0:
                 break
@@ -63,7 +70,7 @@ class Planner:
                 full_blocks.append(request)
         # Only now: until here a request could still be taken back out of the step.
         for request in full_blocks:
-            if request.last_step == plan.step:
+            if request.request_id in plan.num_scheduled:
                 self._register(request, plan)
 
     def _num_blocks_left(self, request: Request, end: int) -> int:
@@ -72,20 +79,17 @@ class Planner:
 
     def _commit(self, request: Request, start: int, end: int, plan: Plan) -> None:
         """Puts tokens ``[start, end)``, which have their blocks, into the step."""
-        request.last_start = start
-        request.last_step = plan.step
         request.num_computed = end
-        request.num_inflight += 1
         samples = end == request.num_tokens
         if samples and end < request.limit:
             request.num_tokens = end + 1
-        num_prompt_tokens = request.num_prompt_tokens
-        if start < num_prompt_tokens:
-            self._live.counters.prompt_tokens += min(end, num_prompt_tokens) - start
-            request.is_prompt_done = request.is_prompt_done or end >= num_prompt_tokens
+        if start < request.num_prompt_tokens:
+            num_left = request.num_prompt_tokens - start
+            self._live.counters.prompt_tokens += min(end - start, num_left)
+            request.is_prompt_done = request.is_prompt_done or end - start >= num_left
         plan.budget -= end - start
         plan.num_scheduled[request.request_id] = end - start
-        plan.entries.append(Entry(request, request.epoch, start, end, samples))
+        plan.entries.append((request, request.epoch, start, end, samples))
 
     def _grow(self, request: Request, num_tokens: int, plan: Plan) -> bool:
         """Gets blocks for a running request, preempting as needed; False if it gave way itself."""
@@ -93,9 +97,8 @@ class Planner:
         while (fresh := kv.grow(request.table, num_tokens=num_tokens)) is None:
             assert len(live.running) > 1, f"{request.request_id} alone outgrew the cache"
             victim = live.policy.victim(live.running.values())
-            if victim.last_step == plan.step:
+            if victim.request_id in plan.num_scheduled:
                 plan.undo(victim)
-                victim.last_step = -1
             plan.has_preempted = True
             live.preempt(victim)
             if victim is request:
@@ -120,24 +123,27 @@ class Planner:
         for request in self._live.waiting:
             if plan.budget <= 0 or len(self._live.running) >= self._max_num_seqs:
                 break
-            if request.num_inflight:
+            if request.status is Status.PREEMPTED and self._is_inflight(request):
                 break  # it resumes with all its tokens only, and the last are about to arrive
-            if self._awaits_parent(request, plan.step):
+            if self._awaits_parent(request, plan):
                 passed_over.append(request)
             elif not self._admit(request, plan, now):
                 break
             num_visited += 1
         self._live.waiting.drop_first(num_visited, keep=passed_over)
 
-    def _awaits_parent(self, request: Request, step: int) -> bool:
+    def _is_inflight(self, request: Request) -> bool:
+        return any(request.request_id in plan.num_scheduled for plan in self._inflight)
+
+    def _awaits_parent(self, request: Request, plan: Plan) -> bool:
         """Whether a fork is to wait for its parent's prompt; lets go of a parent of no use."""
         parent = request.parent
         if parent is None:
             return False
         if parent.status is Status.RUNNING:
             # Copies precede the step's forward pass, so only what earlier steps compute counts.
-            ready = parent.last_start if parent.last_step == step else parent.num_computed
-            return parent.first_step == step or ready < request.num_prompt_tokens - 1
+            ready = parent.num_computed - plan.num_scheduled.get(parent.request_id, 0)
+            return parent.first_step == plan.step or ready < request.num_prompt_tokens - 1
         if parent.is_waiting and not parent.is_prompt_done:
             return True
         request.parent = None

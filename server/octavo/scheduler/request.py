@@ -39,13 +39,10 @@ class Request:
         "first_step",
         "first_token_time",
         "is_prompt_done",
-        "last_start",
-        "last_step",
         "last_token_time",
         "limit",
         "num_cached_tokens",
         "num_computed",
-        "num_inflight",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
@@ -98,10 +95,7 @@ class Request:
         self.epoch = 0  # results of steps submitted in an earlier epoch are void
         self.num_computed = 0
         self.num_tokens = self.num_prompt_tokens
-        self.num_inflight = 0  # steps submitted, not yet collected
         self.first_step = -1  # since it was last admitted
-        self.last_step = -1
-        self.last_start = 0  # num_computed before last_step
         self.is_prompt_done = False
         self.num_prompt_logprobs = 0  # delivered: of positions 1 .. num_prompt_logprobs
 

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from octavo.config import SchedulerConfig
 from octavo.kvcache import invariants
 from octavo.kvcache.manager import KVCacheManager
+from octavo.scheduler import news
 from octavo.scheduler.live import Counters, LiveRequests
-from octavo.scheduler.plan import Entry, Plan, blame
+from octavo.scheduler.plan import Plan, blame
 from octavo.scheduler.planner import Planner
 from octavo.scheduler.policy import make_policy
 from octavo.scheduler.request import Request, Status
@@ -54,13 +55,14 @@ class Scheduler:
         self._max_model_len = max_model_len
         policy = make_policy(config.scheduling_policy, block_size=kv.block_size)
         self._live = LiveRequests(kv=kv, policy=policy)
+        self._inflight: deque[Plan] = deque()
         self._planner = Planner(
             self._live,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_chunk=config.long_prefill_token_threshold,
+            inflight=self._inflight,
         )
-        self._inflight: deque[Plan] = deque()
         self._next_step = 0
         self._num_added = 0
 
@@ -134,7 +136,7 @@ class Scheduler:
             request = self._live.by_id.get(request_id)
             if request is not None:
                 self._live.retire(request)
-                outputs.append(_last_output(request, FinishReason.ABORT, now=now))
+                outputs.append(news.of_ended(request, FinishReason.ABORT, now=now))
         return outputs
 
     def reset_prefix_cache(self) -> None:
@@ -163,25 +165,20 @@ class Scheduler:
         outputs = self._fail(output.errors, now=now) if output.errors else []
         self._inflight.popleft()
         sampled, logprobs = output.sampled_token_ids, output.logprobs
-        for entry in plan.entries:
-            request = entry.request
-            request.num_inflight -= 1
-            if request.epoch != entry.epoch:
+        chunks = output.prompt_logprobs
+        for request, epoch, start, _, samples in plan.entries:
+            if request.epoch != epoch:
                 continue
-            prompt_logprobs = output.prompt_logprobs.get(request.request_id, ())
-            if prompt_logprobs:
-                prompt_logprobs = _undelivered(request, entry, prompt_logprobs)
-            if entry.samples:
-                tokens = sampled.get(request.request_id, ())
-                self._accept(request, tokens, logprobs, prompt_logprobs, outputs, now)
+            request_id = request.request_id
+            prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+            if chunks and request_id in chunks:
+                prompt_logprobs = news.undelivered(request, start, chunks[request_id])
+            if samples:
+                tokens = sampled.get(request_id, ())
+                new_logprobs = logprobs.get(request_id, ()) if logprobs else ()
+                outputs.append(self._accept(request, tokens, new_logprobs, prompt_logprobs, now))
             elif prompt_logprobs:
-                outputs.append(
-                    EngineOutput(
-                        request_id=request.request_id,
-                        new_prompt_logprobs=prompt_logprobs,
-                        num_cached_tokens=request.num_cached_tokens,
-                    )
-                )
+                outputs.append(news.of_running(request, (), (), prompt_logprobs))
         if self._kv.check_invariants:
             self.check_invariants()
         return outputs
@@ -190,17 +187,14 @@ class Scheduler:
         """Gives up the oldest step in flight (or the newest): all requests in it end in error."""
         plans = list(self._inflight)[-1 if newest else 0 :]
         plan = plans[0]
-        suspects = {e.request for e in plan.entries if e.request.epoch == e.epoch}
+        suspects = {entry[0] for entry in plan.entries}
         _, victims = blame(plans, suspects)
         self._inflight.remove(plan)
-        outputs = [
-            self._end_in_error(entry.request, message, now=now)
-            for entry in plan.entries
-            if entry.request in suspects
-        ]
+        outputs: list[EngineOutput] = []
+        for request, epoch, *_ in plan.entries:
+            if request.epoch == epoch:
+                outputs.append(self._end_in_error(request, message, now=now))
         self._void(plans, victims - suspects)
-        for entry in plan.entries:
-            entry.request.num_inflight -= 1
         return outputs
 
     def stats(self, now: float, *, host_seconds: float = 0.0) -> StepStats:
@@ -243,65 +237,58 @@ class Scheduler:
         self,
         request: Request,
         tokens: tuple[int, ...],
-        logprobs: Mapping[str, tuple[TokenLogprobs, ...]],
+        logprobs: tuple[TokenLogprobs, ...],
         prompt_logprobs: tuple[TokenLogprobs, ...],
-        outputs: list[EngineOutput],
         now: float,
-    ) -> None:
-        """Takes a request's sampled token and ends the request if that is its last."""
-        reason: FinishReason | None = FinishReason.LENGTH
+    ) -> EngineOutput:
+        """Takes a request's sampled token, and ends the request if that is its last."""
         if request.params.max_tokens == 0:
-            tokens = ()  # only the prompt's logprobs were wanted
-        else:
-            (token,) = tokens
-            reason = request.append(token)
-            request.last_token_time = now
-            if request.first_token_time == 0.0:
-                request.first_token_time = now
-            self._live.counters.generation_tokens += 1
-        request_id = request.request_id
-        new_logprobs = logprobs.get(request_id, ()) if logprobs and tokens else ()
+            # Only the prompt was to be computed; what the worker sampled after it is dropped.
+            return self._end(request, FinishReason.LENGTH, (), (), prompt_logprobs, now)
+        assert len(tokens) == 1, f"{request.request_id}: {len(tokens)} tokens where one was due"
+        reason = request.append(tokens[0])
+        request.last_token_time = now
+        if request.first_token_time == 0.0:
+            request.first_token_time = now
+        self._live.counters.generation_tokens += 1
         if reason is None:
-            outputs.append(
-                EngineOutput(
-                    request_id=request_id,
-                    new_token_ids=tokens,
-                    new_logprobs=new_logprobs,
-                    new_prompt_logprobs=prompt_logprobs,
-                    num_cached_tokens=request.num_cached_tokens,
-                )
-            )
-            return
+            return news.of_running(request, tokens, logprobs, prompt_logprobs)
+        return self._end(request, reason, tokens, logprobs, prompt_logprobs, now)
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        prompt_logprobs: tuple[TokenLogprobs, ...],
+        now: float,
+    ) -> EngineOutput:
         if request.status is Status.RUNNING:
             # Steps already collected computed all known tokens but the last: let them be found.
             num_tokens = max(request.num_prompt_tokens, len(request.token_ids) - 1)
             num_tokens = min(num_tokens, request.num_computed)
             self._kv.register(request.table, token_ids=request.token_ids, num_tokens=num_tokens)
         self._live.retire(request)
-        outputs.append(
-            _last_output(
-                request,
-                reason,
-                now=now,
-                tokens=tokens,
-                logprobs=new_logprobs,
-                prompt_logprobs=prompt_logprobs,
-            )
+        return news.of_ended(
+            request,
+            reason,
+            now=now,
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _fail(self, errors: Mapping[str, str], *, now: float) -> list[EngineOutput]:
         """Ends the requests of the oldest step that failed alone."""
         plans = list(self._inflight)
-        suspects = {
-            entry.request
-            for entry in plans[0].entries
-            if entry.request.request_id in errors and entry.request.epoch == entry.epoch
-        }
-        guilty, victims = blame(plans, suspects)
+        suspects = {e[0]: e[1] for e in plans[0].entries if e[0].request_id in errors}
+        # One that was aborted meanwhile has no output any more, but others may build on it.
+        guilty, victims = blame(plans, set(suspects))
         outputs = [
-            self._end_in_error(entry.request, errors[entry.request.request_id], now=now)
-            for entry in plans[0].entries
-            if entry.request in guilty
+            self._end_in_error(request, errors[request.request_id], now=now)
+            for request, epoch in suspects.items()
+            if request in guilty and request.epoch == epoch
         ]
         self._void(plans, victims)
         return outputs
@@ -311,7 +298,7 @@ class Scheduler:
         num_found = request.num_cached_tokens // self._kv.block_size
         self._kv.forget(request.table.keys[num_found:])
         self._live.retire(request)
-        return _last_output(request, FinishReason.ERROR, now=now, error=message)
+        return news.of_ended(request, FinishReason.ERROR, now=now, error=message)
 
     def _void(self, plans: list[Plan], victims: set[Request]) -> None:
         """Forgets what these steps registered (whoever did), and restarts who built on it."""
@@ -319,35 +306,3 @@ class Scheduler:
             self._kv.forget([key for _, _, key in plan.registered])
         for request in sorted(victims, key=lambda request: request.order):
             self._live.restart(request)
-
-
-def _undelivered(
-    request: Request, entry: Entry, logprobs: tuple[TokenLogprobs, ...]
-) -> tuple[TokenLogprobs, ...]:
-    """Those of a chunk (positions ``start + 1`` up) that were not delivered before a preemption."""
-    fresh = logprobs[request.num_prompt_logprobs - entry.start :]
-    request.num_prompt_logprobs += len(fresh)
-    return fresh
-
-
-def _last_output(
-    request: Request,
-    reason: FinishReason,
-    *,
-    now: float,
-    tokens: tuple[int, ...] = (),
-    logprobs: tuple[TokenLogprobs, ...] = (),
-    prompt_logprobs: tuple[TokenLogprobs, ...] = (),
-    error: str | None = None,
-) -> EngineOutput:
-    return EngineOutput(
-        request_id=request.request_id,
-        new_token_ids=tokens,
-        new_logprobs=logprobs,
-        new_prompt_logprobs=prompt_logprobs,
-        num_cached_tokens=request.num_cached_tokens,
-        finish_reason=reason,
-        stop_reason=request.stop_reason,
-        error=error,
-        times=request.times(finished=now),
-    )
