@@ -196,11 +196,9 @@ class GGUFFile:
         if item in _SCALARS:
             dtype = np.dtype("<" + _SCALARS[item] if _SCALARS[item] != "?" else "?")
             return np.frombuffer(self._take(count * dtype.itemsize), dtype=dtype)
-        if count > self._size:
-            raise IndexError
         if item == _STRING:
             return list(self._strings(count))
-        return [self._value(item) for _ in range(count)]
+        raise ValueError(f"{self.path} is corrupt: {self._where} is an array of type {item}")
 
     def _strings(self, count: int) -> Iterator[str]:
         """Vocabularies have 10^5 entries: a loop without the bookkeeping of `_string`."""

@@ -44,6 +44,7 @@ _PRE: Mapping[str, str] = {
     "command-r": "digits",
     "codeshell": "digits",
 }
+_BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
 _BOS_BY_DEFAULT = ("llama3", "tekken")  # patterns whose models begin every text with BOS
 _WHOLE_WORDS_FIRST = ("llama3", "tekken")  # a word in the vocabulary is not merged again
 
@@ -102,7 +103,7 @@ def dummy_tokenizer(vocab_size: int) -> dict[str, Any]:
         model={"vocab": words, "merges": []},
         added=[],
         pre_tokenizer=_byte_level_step(use_regex=True),
-        decoder={"type": "ByteLevel"},
+        decoder=_BYTE_LEVEL_DECODER,
     )
 
 
@@ -152,7 +153,7 @@ def _byte_level(
         added=_added_tokens(tokens, types),
         normalizer={"type": "NFC"} if name == "qwen2" else None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": steps},
-        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        decoder=_BYTE_LEVEL_DECODER,
         post_processor=_post_processor(metadata, tokens),
     )
 
