@@ -81,4 +81,5 @@ def _yarn(rope: RopeSpec) -> Tensor:
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     powers = rope.theta ** _exponents(rope)
     kept, stretched = 1.0 / powers, 1.0 / (rope.factor * powers)
-    return stretched * ramp + kept * (1 - ramp)
+    share = 1 - ramp  # rounded once here, so that the sum below has transformers' bits
+    return stretched * (1 - share) + kept * share

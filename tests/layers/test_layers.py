@@ -1,0 +1,83 @@
+"""Layers against torch in float64, and the filling of their parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from octavo.layers import GatedMLP, Linear, RMSNorm, TokenEmbedding, WeightSlot
+
+
+def fill(slots: dict[str, WeightSlot], *, pieces: int = 1) -> dict[str, Tensor]:
+    """Writes random values into every slot, in so many pieces; returns them by name."""
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for name, slot in slots.items():
+        value = torch.randn(slot.shape, generator=generator)
+        start = 0
+        for rows in value.tensor_split(pieces):
+            if rows.shape[0]:
+                slot.write(rows, start)
+            start += rows.shape[0]
+        values[name] = value
+    return values
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_stacked_linear(pieces: int, bias: bool) -> None:
+    linear = Linear(40, parts={"q": 50, "k": 1, "v": 19}, bias=bias, dtype=torch.float32)
+    slots = linear.slots("attn.")
+    assert list(slots)[0] == "attn.q.weight" and len(slots) == (6 if bias else 3)
+    assert slots["attn.v.weight"].shape == (19, 40)
+    values = fill(slots, pieces=pieces)
+    x, residual = torch.randn(5, 40), torch.randn(5, 70)
+    expected = torch.cat(
+        [
+            F.linear(
+                x.double(),
+                values[f"attn.{part}.weight"].double(),
+                values[f"attn.{part}.bias"].double() if bias else None,
+            )
+            for part in "qkv"
+        ],
+        dim=1,
+    )
+    close(linear(x), expected)
+    close(linear(x, residual=residual), expected + residual.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embedding_is_its_own_head(dtype: torch.dtype) -> None:
+    embedding = TokenEmbedding(101, hidden_size=24, dtype=dtype)
+    table = fill(embedding.slots("embed"))["embed.weight"].to(dtype).float()
+    ids = torch.tensor([0, 100, 50, 50])
+    assert torch.equal(embedding.embed(ids), table[ids])
+    hidden = torch.randn(3, 24)
+    close(embedding.logits(hidden), hidden.double() @ table.double().T)
+    assert embedding.logits(hidden[:0]).shape == (0, 101)
+
+
+def test_rms_norm() -> None:
+    norm = RMSNorm(48, eps=1e-3)
+    weight = fill(norm.slots("norm"))["norm.weight"].double()
+    x = torch.randn(4, 48)
+    close(norm(x), F.rms_norm(x.double(), (48,), weight, eps=1e-3))
+
+
+def test_gated_mlp() -> None:
+    mlp = GatedMLP(16, intermediate_size=30, bias=True, dtype=torch.float32)
+    values = {k.split(".", 1)[1]: v.double() for k, v in fill(mlp.slots("mlp.")).items()}
+    x, residual = torch.randn(3, 16), torch.randn(3, 16)
+
+    def apply(name: str, value: Tensor) -> Tensor:
+        return F.linear(value, values[f"{name}.weight"], values[f"{name}.bias"])
+
+    inner = F.silu(apply("gate_proj", x.double())) * apply("up_proj", x.double())
+    close(mlp(x, residual=residual), residual.double() + apply("down_proj", inner))

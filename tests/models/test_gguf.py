@@ -1,0 +1,232 @@
+"""GGUF models against transformers' on the dequantised weights, in every type we read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from octavo.models import Model
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 96,
+    "rms_norm_eps": 1e-5,
+}
+ARCHITECTURES = {
+    "llama": (LlamaConfig, gguf.MODEL_ARCH.LLAMA),
+    "qwen2": (Qwen2Config, gguf.MODEL_ARCH.QWEN2),
+    "qwen3": (Qwen3Config, gguf.MODEL_ARCH.QWEN3),
+}
+# Where the 16-bit scales of a block lie, in the types that the gguf package cannot write.
+K_SCALES = {Q.Q4_K: (0, 2), Q.Q5_K: (0, 2), Q.Q6_K: (208,)}
+PROMPT = [3, 200, 17, 44, 271, 0, 91, 130, 8, 8, 65]
+
+
+def stored(values: np.ndarray, kind: Q, rng: np.random.Generator) -> np.ndarray:
+    """Bytes of a tensor in a file: ``values`` quantised, or for K types random valid blocks."""
+    if kind not in K_SCALES:
+        return gguf.quants.quantize(values, kind)
+    block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (values.size // block, num_bytes), dtype=np.uint8)
+    for at in K_SCALES[kind]:
+        scale = rng.uniform(1e-4, 4e-4, len(raw)).astype(np.float16)
+        raw[:, at : at + 2] = scale[:, None].view(np.uint8)
+    return raw.reshape(values.shape[0], -1)
+
+
+def pair_order(num_rows: int, num_heads: int) -> np.ndarray:
+    """Which row of the original comes where in llama.cpp's q and k: halves become neighbours."""
+    size = num_rows // num_heads // 2
+    rows = np.arange(num_rows).reshape(num_heads, 2, size)
+    return np.stack([rows[:, 0], rows[:, 1]], axis=-1).ravel()
+
+
+def export(
+    model: Any,
+    path: Path,
+    *,
+    arch: str,
+    kind: Q,
+    extra: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes ``model`` as GGUF and sets its weights to what the file then holds."""
+    config, rng = model.config, np.random.default_rng(1)
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(SHAPE["head_dim"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in (extra or {}).items():
+        writer.add_key_value(f"{arch}.{key}", *value)
+    names = sorted(ByteLevel.alphabet())
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(names + [f"x{i}" for i in range(config.vocab_size - len(names))])
+    writer.add_token_merges(["a b"])
+    mapping = gguf.get_tensor_name_map(ARCHITECTURES[arch][1], config.num_hidden_layers)
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        file_name = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert file_name is not None, name
+        values = parameter.numpy().copy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        order = np.arange(len(values))
+        if arch == "llama":
+            for part, count in heads.items():
+                order = pair_order(len(values), count) if part in name else order
+        if values.ndim == 1:
+            writer.add_tensor(file_name, values[order])
+            continue
+        raw = stored(values[order], kind, rng)
+        if raw.dtype == np.uint8:
+            writer.add_tensor(file_name, raw, raw_dtype=kind)
+        else:
+            writer.add_tensor(file_name, raw)
+        held = np.empty_like(values)
+        held[order] = gguf.quants.dequantize(raw, kind)
+        parameter.copy_(torch.from_numpy(held))
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def assert_same_logits(theirs: Any, ours: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = theirs(torch.tensor([PROMPT])).logits[0]
+    error = (ours - expected).abs().max() / (expected.max() - expected.min())
+    assert error <= 1e-5, f"off by {error:.2e} of the logits' range"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q4_K, Q.Q5_K, Q.Q6_K]
+)
+def test_every_type(
+    kind: Q,
+    tmp_path: Path,
+    reference: Callable[..., Any],
+    load: Callable[..., Model],
+    chunked: Callable[..., list[torch.Tensor]],
+) -> None:
+    theirs = reference(LlamaConfig(**SHAPE))
+    export(theirs, tmp_path / "m.gguf", arch="llama", kind=kind)
+    (logits,) = chunked(load(tmp_path / "m.gguf"), [PROMPT], chunks=(4,), dtype=torch.float32)
+    assert_same_logits(theirs, logits)
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+    ],
+)
+def test_every_architecture(
+    arch: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    reference: Callable[..., Any],
+    load: Callable[..., Model],
+    chunked: Callable[..., list[torch.Tensor]],
+) -> None:
+    theirs = reference(ARCHITECTURES[arch][0](**{**SHAPE, **changes}))
+    export(theirs, tmp_path / "m.gguf", arch=arch, kind=Q.Q8_0)
+    (logits,) = chunked(load(tmp_path / "m.gguf"), [PROMPT], chunks=(4,), dtype=torch.float32)
+    assert_same_logits(theirs, logits)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_scaling_from_metadata(
+    kind: str,
+    tmp_path: Path,
+    reference: Callable[..., Any],
+    load: Callable[..., Model],
+    chunked: Callable[..., list[torch.Tensor]],
+) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    keys = {
+        "rope.scaling.type": (kind, gguf.GGUFValueType.STRING),
+        "rope.scaling.factor": (2.0, gguf.GGUFValueType.FLOAT32),
+    }
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = 48
+        keys["rope.scaling.original_context_length"] = (48, gguf.GGUFValueType.UINT32)
+    theirs = reference(LlamaConfig(**SHAPE, rope_parameters=rope))
+    export(theirs, tmp_path / "m.gguf", arch="llama", kind=Q.F32, extra=keys)
+    (logits,) = chunked(load(tmp_path / "m.gguf"), [PROMPT], chunks=(4,), dtype=torch.float32)
+    assert_same_logits(theirs, logits)
+
+
+def test_llama3_scaling_comes_as_a_tensor(
+    tmp_path: Path,
+    reference: Callable[..., Any],
+    load: Callable[..., Model],
+    chunked: Callable[..., list[torch.Tensor]],
+) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 24,
+    }
+    config = LlamaConfig(**SHAPE, rope_parameters=rope)
+    theirs = reference(config)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 500.0 ** (torch.arange(0, 32, 2) / 32)
+    factors = {"rope_freqs.weight": (plain / scaled).numpy()}
+    export(theirs, tmp_path / "m.gguf", arch="llama", kind=Q.F32, tensors=factors)
+    (logits,) = chunked(load(tmp_path / "m.gguf"), [PROMPT], chunks=(4,), dtype=torch.float32)
+    assert_same_logits(theirs, logits)
+
+
+def test_truncated_after_conversion(
+    tmp_path: Path, reference: Callable[..., Any], load: Callable[..., Model]
+) -> None:
+    path = tmp_path / "m.gguf"
+    export(reference(LlamaConfig(**SHAPE)), path, arch="llama", kind=Q.Q4_0)
+    path.write_bytes(path.read_bytes()[:-4000])
+    with pytest.raises(ValueError, match=r"m\.gguf is truncated: tensor \S+\.weight ends at byte"):
+        load(path)
+
+
+def test_unreadable_type_names_the_tensor(
+    tmp_path: Path, reference: Callable[..., Any], load: Callable[..., Model]
+) -> None:
+    path = tmp_path / "m.gguf"
+    export(reference(LlamaConfig(**SHAPE)), path, arch="llama", kind=Q.Q5_0)
+    with pytest.raises(ValueError, match=r"tensor \S+\.weight has GGUF type 6; known are F32"):
+        load(path)
