@@ -3,6 +3,7 @@ content."""
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections import deque
@@ -47,6 +48,8 @@ class ThreadExecutor:
         self._num_in_flight = 0
         self._thread = threading.Thread(target=self._work, name="octavo-worker", daemon=True)
         self._thread.start()
+        # A thread that the interpreter ends in the middle of native code takes the process down.
+        atexit.register(self.close)
 
     def _work(self) -> None:
         while (step := self._steps.get()) is not None:
@@ -70,5 +73,6 @@ class ThreadExecutor:
 
     def close(self) -> None:
         """Waits for submitted steps; their results are dropped."""
+        atexit.unregister(self.close)
         self._steps.put(None)
         self._thread.join()

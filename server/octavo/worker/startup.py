@@ -1,4 +1,4 @@
-"""The steps of starting a worker, one function each. Knows every room of the data plane; runs once."""
+"""The steps of starting a worker, one function each. Knows every room of the data plane."""
 
 from __future__ import annotations
 

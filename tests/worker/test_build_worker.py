@@ -1,0 +1,94 @@
+"""Start-up: from an `EngineConfig` to an executor that answers, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from octavo.types import NewRequest, SamplingParams, SchedulerOutput
+from octavo.worker.executor import InlineExecutor, ThreadExecutor
+from octavo.worker.worker import build_worker
+from octavo_kernels import parallel
+
+
+def config(folder: Path, **model: Any) -> EngineConfig:
+    return EngineConfig(
+        model=ModelConfig(model=str(folder), load_format="dummy", num_threads=2, **model),
+        cache=CacheConfig(num_gpu_blocks_override=20),
+        scheduler=SchedulerConfig(max_num_seqs=4),
+    )
+
+
+@pytest.mark.parametrize("is_threaded", [True, False])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: bool) -> None:
+    wanted = dataclasses.replace(
+        config(model_folder, dtype=dtype),
+        scheduler=SchedulerConfig(max_num_seqs=4, async_scheduling=is_threaded),
+    )
+    executor, info = build_worker(wanted)
+    assert isinstance(executor, ThreadExecutor if is_threaded else InlineExecutor)
+    request = NewRequest(
+        request_id="a",
+        token_ids=(5, 6, 7),
+        num_prompt_tokens=3,
+        num_computed_tokens=0,
+        block_ids=(0,),
+        params=SamplingParams(temperature=0.0),
+    )
+    executor.submit(SchedulerOutput(step=0, new_requests=(request,), num_scheduled_tokens={"a": 3}))
+    output = executor.collect()
+    executor.close()
+    assert not output.errors and len(output.sampled_token_ids["a"]) == 1
+    assert (info.num_blocks, info.max_model_len, info.block_size) == (20, 256, 16)
+    assert (info.max_num_seqs, info.max_num_batched_tokens) == (4, 256)
+    assert (info.architecture, info.vocab_size) == ("LlamaForCausalLM", 300)
+    assert info.dtype == info.kv_cache_dtype == ("float32" if dtype == "auto" else dtype)
+    assert (info.device, info.num_threads, parallel.num_threads()) == ("cpu", 2, 2)
+    assert list(info.phases) == ["import", "resolve", "load", "cache", "warm"]
+    assert info.eos_token_ids == (1,)
+
+
+def test_equal_seeds_make_equal_random_models(model_folder: Path) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        executor, _ = build_worker(config(model_folder, seed=seed))
+        request = NewRequest(
+            request_id="a",
+            token_ids=tuple(range(40)),
+            num_prompt_tokens=40,
+            num_computed_tokens=0,
+            block_ids=(0, 1, 2),
+            params=SamplingParams(temperature=0.0, logprobs=0),
+        )
+        step = SchedulerOutput(step=0, new_requests=(request,), num_scheduled_tokens={"a": 40})
+        executor.submit(step)
+        drawn.append(executor.collect().logprobs)
+        executor.close()
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_context_beyond_the_models_is_refused(model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len must be at most 256, .* got 257"):
+        build_worker(config(model_folder, max_model_len=257))
+
+
+def test_a_cache_too_small_for_the_wanted_context_is_refused(model_folder: Path) -> None:
+    small = dataclasses.replace(
+        config(model_folder, max_model_len=200), cache=CacheConfig(num_gpu_blocks_override=3)
+    )
+    with pytest.raises(ValueError, match="max_model_len is 200 tokens, which take 13 K/V blocks"):
+        build_worker(small)
+    fitted = dataclasses.replace(config(model_folder), cache=CacheConfig(num_gpu_blocks_override=3))
+    executor, info = build_worker(fitted)
+    executor.close()
+    assert info.max_model_len == 48
+
+
+def test_a_device_without_kernels_is_refused(model_folder: Path) -> None:
+    with pytest.raises(ValueError, match="device cuda is not supported yet"):
+        build_worker(config(model_folder, device="cuda"))
