@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,6 +49,20 @@ def _gather_reference(weight: PackedWeight, ids: Tensor) -> Tensor:
     return gather_rows_reference(unpack(weight), ids)
 
 
+@lru_cache(maxsize=1)
+def _plain(weight: PackedWeight) -> Tensor:
+    return unpack(weight).to(weight.data.dtype)
+
+
+def _torch_linear(x: Tensor, weight: PackedWeight, **extras: None) -> Tensor:
+    plain = _plain(weight)
+    return torch.nn.functional.linear(x.to(plain.dtype), plain)
+
+
+def _torch_embedding(weight: PackedWeight, ids: Tensor) -> Tensor:
+    return torch.nn.functional.embedding(ids, _plain(weight)).float()
+
+
 def _matmul_bytes(case: Case, itemsize: int) -> float:
     return float(case.N * case.K * itemsize + 4 * case.T * (case.N + case.K))
 
@@ -76,6 +91,7 @@ SPECS = (
         rows=("x", "residual"),
         bytes_moved=_matmul_bytes,
         flops=lambda case: 2.0 * case.T * case.N * case.K,
+        baselines={"torch": _torch_linear},
         bench_cases=tuple(
             Case(f"{n}x{k}/{t}", T=t, N=n, K=k, extras="")
             for n, k in _SMOLLM2
@@ -96,6 +112,7 @@ SPECS = (
         tolerance=dict.fromkeys(_DTYPES, Tol(atol=0.0, rtol=0.0)),
         rows=("ids",),
         bytes_moved=lambda case, itemsize: float(case.T * case.K * (itemsize + 4)),
+        baselines={"torch": _torch_embedding},
         bench_cases=tuple(Case(f"576/{t}", T=t, N=49152, K=576) for t in (1, 16, 128)),
     ),
 )
