@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from octavo_kernels import num_threads, set_num_threads
 from octavo_kernels.paged_attention import (
     kv_cache_shapes,
@@ -14,7 +16,6 @@ from octavo_kernels.paged_attention import (
 )
 from octavo_kernels.rotary_kv_write import rotary_kv_write
 from octavo_kernels.testing import same_bits
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -102,7 +103,14 @@ def test_chunks_across_partitions_give_the_same_bits(N: int, K: int, H: int) -> 
     stream = make_stream(1100, N=N, K=K, H=H, seed=2)
     for window in (0, 530):
         [whole] = attend([(stream, 0, 1100)], dtype=torch.float32, window=window)
-        for begin, end in ((0, 512), (500, 530), (511, 512), (512, 513), (1023, 1025), (1099, 1100)):
+        for begin, end in (
+            (0, 512),
+            (500, 530),
+            (511, 512),
+            (512, 513),
+            (1023, 1025),
+            (1099, 1100),
+        ):
             [part] = attend([(stream, begin, end)], dtype=torch.float32, window=window, seed=end)
             assert same_bits(part, whole[begin:end]), (begin, end, window)
 

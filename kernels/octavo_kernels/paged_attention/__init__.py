@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+import array
+import functools
+
 import torch
 from torch import Tensor
 
 from octavo_kernels import parallel
+from octavo_kernels.op import require_device
 from octavo_kernels.paged_attention import cpu
 from octavo_kernels.paged_attention.reference import paged_attention_reference
 
@@ -21,6 +24,7 @@ _ATTEND = {
 }
 # Multiply-adds of one kind (scores or values) below which waking a thread costs more than it saves.
 _SERIAL_COST = 1 << 15
+_EMPTY_PLAN = bytes(8 * 8)
 
 
 def kv_cache_shapes(
@@ -67,11 +71,13 @@ def paged_attention(
     batch, the chunking or the number of threads; slots it does not see are never part of it.
     Raises ValueError for shapes, dtypes or tables the kernel cannot take.
     """
-    if q.device.type != "cpu":
-        raise ValueError(f"paged_attention has kernels for cpu, got a tensor on {q.device}")
+    require_device("paged_attention", q)
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, _, block_size = k_cache.shape
-    attend = _check(q, k_cache, v_cache)
+    attend = _check(
+        num_heads, head_dim, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype
+    )
+    _check_strides(q, k_cache, v_cache)
     _check_tables(block_tables, query_start_loc, seq_lens)
     if sliding_window < 0:
         raise ValueError(f"sliding_window must be at least 0, got {sliding_window}")
@@ -82,14 +88,25 @@ def paged_attention(
     num_requests, max_blocks = block_tables.shape
     if num_tokens == 0:
         return out
-    group = num_heads // num_kv_heads
-    threads = parallel.num_threads()
+    group, threads = num_heads // num_kv_heads, parallel.num_threads()
     starts, lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
-    plan = np.zeros(8, np.int64)
-    plan_at = plan.ctypes.data
-    cpu.make_plan(1, starts, lens, num_requests, num_tokens, max_blocks * block_size, num_kv_heads,
-                  group, head_dim, sliding_window, threads, plan_at)
-    chunk, items, split, cost, status, *_ = plan.tolist()
+    plan = array.array("q", _EMPTY_PLAN)
+    plan_at = plan.buffer_info()[0]
+    cpu.make_plan(
+        1,
+        starts,
+        lens,
+        num_requests,
+        num_tokens,
+        max_blocks * block_size,
+        num_kv_heads,
+        group,
+        head_dim,
+        sliding_window,
+        threads,
+        plan_at,
+    )
+    chunk, items, split, cost, status = plan[: cpu.STATUS + 1]
     if status:
         _refuse(plan, query_start_loc, seq_lens, num_tokens, max_blocks * block_size)
     max_rows = chunk * group
@@ -99,42 +116,87 @@ def paged_attention(
     partial_floats = items * max_rows * (head_dim + cpu.LANES + 1) if split else 0
     scratch = torch.empty(parts * scratch_floats + partial_floats)
     partials = scratch.data_ptr() + 4 * parts * scratch_floats
-    attend(parts, q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
-           block_tables.data_ptr(), block_tables.stride(0), starts, lens, num_requests,
-           out.data_ptr(), scratch.data_ptr(), 4 * scratch_floats, partials, plan_at, num_kv_heads,
-           group, head_dim, block_size, num_blocks, sliding_window, scale * cpu.LOG2_E)
+    attend(
+        parts,
+        q.data_ptr(),
+        q.stride(0),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        block_tables.data_ptr(),
+        block_tables.stride(0),
+        starts,
+        lens,
+        num_requests,
+        out.data_ptr(),
+        scratch.data_ptr(),
+        4 * scratch_floats,
+        partials,
+        plan_at,
+        num_kv_heads,
+        group,
+        head_dim,
+        block_size,
+        num_blocks,
+        sliding_window,
+        scale * cpu.LOG2_E,
+    )
     if split:
-        cpu.merge(1, starts, lens, num_requests, out.data_ptr(), partials, plan_at, num_kv_heads,
-                  group, head_dim, sliding_window)
+        cpu.merge(
+            1,
+            starts,
+            lens,
+            num_requests,
+            out.data_ptr(),
+            partials,
+            plan_at,
+            num_kv_heads,
+            group,
+            head_dim,
+            sliding_window,
+        )
     if plan[cpu.STATUS]:
         _refuse(plan, query_start_loc, seq_lens, num_tokens, num_blocks)
     return out
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> parallel.Kernel:
-    num_heads, head_dim = q.shape[1:]
-    num_blocks, num_kv_heads, _, block_size = k_cache.shape
+@functools.lru_cache(maxsize=256)
+def _check(
+    num_heads: int,
+    head_dim: int,
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+) -> parallel.Kernel:
+    """The kernel for these sizes and dtypes; a model asks the same question in every layer."""
+    num_blocks, num_kv_heads, _, block_size = k_shape
     shapes = kv_cache_shapes(
         num_blocks, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
-    if (k_cache.shape, v_cache.shape) != shapes:
+    if (k_shape, v_shape) != shapes:
         raise ValueError(
             f"caches must be {shapes[0]} and {shapes[1]} for head_dim {head_dim}, "
-            f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+            f"got {tuple(k_shape)} and {tuple(v_shape)}"
         )
-    if q.dtype != torch.float32 or q.stride(2) != 1 or q.stride(1) != head_dim:
-        raise ValueError(f"q must be float32 with dense heads, got {q.dtype} strides {q.stride()}")
+    if q_dtype != torch.float32:
+        raise ValueError(f"q must be float32, got {q_dtype}")
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of {num_kv_heads}, got {num_heads}")
-    attend = _ATTEND.get(k_cache.dtype)
-    if attend is None or v_cache.dtype != k_cache.dtype:
+    attend = _ATTEND.get(k_dtype)
+    if attend is None or v_dtype != k_dtype:
         raise ValueError(
-            f"cache dtype must be one of {[str(d) for d in _ATTEND]}, "
-            f"got {k_cache.dtype} and {v_cache.dtype}"
+            f"cache dtype must be one of {[str(d) for d in _ATTEND]}, got {k_dtype} and {v_dtype}"
         )
+    return attend
+
+
+def _check_strides(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    _, between_heads, between_dims = q.stride()
+    if between_dims != 1 or between_heads != q.shape[2]:
+        raise ValueError(f"q must have dense heads, got strides {q.stride()}")
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("k_cache and v_cache must be contiguous")
-    return attend
 
 
 def _check_tables(block_tables: Tensor, query_start_loc: Tensor, seq_lens: Tensor) -> None:
@@ -144,8 +206,7 @@ def _check_tables(block_tables: Tensor, query_start_loc: Tensor, seq_lens: Tenso
             f"{num_requests} block tables need {num_requests + 1} starts and {num_requests} "
             f"lengths, got {query_start_loc.shape[0]} and {seq_lens.shape[0]}"
         )
-    int32 = torch.int32
-    if not block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == int32:
+    if not block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int32:
         raise ValueError("block_tables, query_start_loc and seq_lens must be int32")
     if block_tables.stride(1) != 1 or not (
         query_start_loc.is_contiguous() and seq_lens.is_contiguous()
@@ -154,9 +215,9 @@ def _check_tables(block_tables: Tensor, query_start_loc: Tensor, seq_lens: Tenso
 
 
 def _refuse(
-    plan: np.ndarray, query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int, limit: int
+    plan: array.array[int], query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int, limit: int
 ) -> None:
-    status, culprit = int(plan[cpu.STATUS]), int(plan[cpu.CULPRIT])
+    status, culprit = plan[cpu.STATUS], plan[cpu.CULPRIT]
     if status == cpu.BAD_BLOCK:
         raise ValueError(f"block_tables names block {culprit}, allowed are 0 to {limit - 1}")
     if status == cpu.BAD_LENGTH:

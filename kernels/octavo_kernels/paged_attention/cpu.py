@@ -5,6 +5,7 @@ chunk's tokens are its rows. A row runs over its keys in partitions of 512 and t
 absolute positions: inside a partition an online softmax, then the partitions are merged in ascending order.
 So a row's arithmetic follows from its position alone, whatever the chunk, the batch or the thread.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -36,12 +37,13 @@ LOG2_E = 1.4426950408889634  # scores are base-2 logits
 PARTITION = 512  # keys; a multiple of TILE
 CHUNK_ROWS = 96  # rows of the widest work item: their state stays in the second-level cache
 
-# Per-item scratch, in floats: score rows, rescale factors, ones, then two tables of 4 addresses.
+# Per-item scratch, in floats: score rows, rescale factors, ones, then tables of 4 addresses: the keys of
+# even and of odd tiles, so that a tile's loops can ask for the next one's, and the values.
 _SCORES = 0
 _FACTORS = MAX_ROWS * TILE
 _ONES = _FACTORS + LANES
 _KEYS = _ONES + LANES
-_VALUES = _KEYS + 2 * SUBS
+_VALUES = _KEYS + 2 * 2 * SUBS
 WORK_FLOATS = (_VALUES + 2 * SUBS + LANES - 1) // LANES * LANES
 
 # int64 places of the plan
@@ -50,61 +52,318 @@ BAD_START, BAD_LENGTH, BAD_BLOCK = 1, 2, 3
 
 
 @device
-def _scores(tag, rows, q, keys, stride, out, dim):
+def _scores(tag, rows, q, keys, stride, out, dim, ahead):
     if rows == 6:
-        scores(tag, 6, q, keys, stride, out, dim)
+        scores(tag, 6, q, keys, stride, out, dim, ahead)
     elif rows == 5:
-        scores(tag, 5, q, keys, stride, out, dim)
+        scores(tag, 5, q, keys, stride, out, dim, ahead)
     elif rows == 4:
-        scores(tag, 4, q, keys, stride, out, dim)
+        scores(tag, 4, q, keys, stride, out, dim, ahead)
     elif rows == 3:
-        scores(tag, 3, q, keys, stride, out, dim)
+        scores(tag, 3, q, keys, stride, out, dim, ahead)
     elif rows == 2:
-        scores(tag, 2, q, keys, stride, out, dim)
+        scores(tag, 2, q, keys, stride, out, dim, ahead)
     else:
-        scores(tag, 1, q, keys, stride, out, dim)
+        scores(tag, 1, q, keys, stride, out, dim, ahead)
 
 
 @device
-def _weigh_columns(tag, rows, vectors, p, values, shift, stride, acc, acc_stride, factors, lo, hi):
-    """`weigh` of 64 columns (vectors == 4) or 16."""
-    if vectors == 4:
-        if rows == 6:
-            weigh(tag, 6, 4, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
-        elif rows == 5:
-            weigh(tag, 5, 4, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
-        elif rows == 4:
-            weigh(tag, 4, 4, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
-        elif rows == 3:
-            weigh(tag, 3, 4, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
-        elif rows == 2:
-            weigh(tag, 2, 4, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
-        else:
-            weigh(tag, 1, 4, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
-    elif rows == 6:
-        weigh(tag, 6, 1, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
+def _weigh_64(
+    tag,
+    rows,
+    p,
+    values,
+    shift,
+    stride,
+    acc,
+    acc_stride,
+    factors,
+    lo,
+    hi,
+    ahead,
+    column,
+    ahead_stride,
+):
+    """`weigh` of 64 columns."""
+    if rows == 6:
+        weigh(
+            tag,
+            6,
+            4,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
     elif rows == 5:
-        weigh(tag, 5, 1, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
+        weigh(
+            tag,
+            5,
+            4,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
     elif rows == 4:
-        weigh(tag, 4, 1, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
+        weigh(
+            tag,
+            4,
+            4,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
     elif rows == 3:
-        weigh(tag, 3, 1, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
+        weigh(
+            tag,
+            3,
+            4,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
     elif rows == 2:
-        weigh(tag, 2, 1, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
+        weigh(
+            tag,
+            2,
+            4,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
     else:
-        weigh(tag, 1, 1, p, values, shift, stride, acc, acc_stride, factors, lo, hi)
+        weigh(
+            tag,
+            1,
+            4,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
 
 
 @device
-def _weigh(tag, rows, p, values, stride, acc, dim, factors, lo, hi):
+def _weigh_16(
+    tag,
+    rows,
+    p,
+    values,
+    shift,
+    stride,
+    acc,
+    acc_stride,
+    factors,
+    lo,
+    hi,
+    ahead,
+    column,
+    ahead_stride,
+):
+    """`weigh` of 16 columns."""
+    if rows == 6:
+        weigh(
+            tag,
+            6,
+            1,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+    elif rows == 5:
+        weigh(
+            tag,
+            5,
+            1,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+    elif rows == 4:
+        weigh(
+            tag,
+            4,
+            1,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+    elif rows == 3:
+        weigh(
+            tag,
+            3,
+            1,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+    elif rows == 2:
+        weigh(
+            tag,
+            2,
+            1,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+    else:
+        weigh(
+            tag,
+            1,
+            1,
+            p,
+            values,
+            shift,
+            stride,
+            acc,
+            acc_stride,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+
+
+@device
+def _weigh(tag, rows, p, values, stride, acc, dim, factors, lo, hi, ahead, ahead_stride):
     """`weigh` over all `dim` columns."""
     itemsize = stride // dim
     column = 0
+    while column + 4 * LANES <= dim:
+        _weigh_64(
+            tag,
+            rows,
+            p,
+            values,
+            column * itemsize,
+            stride,
+            acc + 4 * column,
+            4 * dim,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+        column += 4 * LANES
     while column < dim:
-        vectors = 4 if column + 4 * LANES <= dim else 1
-        _weigh_columns(tag, rows, vectors, p, values, column * itemsize, stride,
-                       acc + 4 * column, 4 * dim, factors, lo, hi)
-        column += vectors * LANES
+        _weigh_16(
+            tag,
+            rows,
+            p,
+            values,
+            column * itemsize,
+            stride,
+            acc + 4 * column,
+            4 * dim,
+            factors,
+            lo,
+            hi,
+            ahead,
+            column,
+            ahead_stride,
+        )
+        column += LANES
 
 
 @device
@@ -114,8 +373,22 @@ def _first_key(position, window):
 
 
 @device
-def _point(work, tile, first_key, last_key, k_head, v_head, table, block_size, block_bytes,
-           num_blocks, key_bytes, row_bytes, plan):
+def _point(
+    keys,
+    values,
+    tile,
+    first_key,
+    last_key,
+    k_head,
+    v_head,
+    table,
+    block_size,
+    block_bytes,
+    num_blocks,
+    key_bytes,
+    row_bytes,
+    plan,
+):
     """Fill the address tables for a tile; 16-key groups outside [first_key, last_key] repeat another's."""
     itemsize = key_bytes // block_size
     clamped_lo = first_key // LANES * LANES
@@ -128,12 +401,14 @@ def _point(work, tile, first_key, last_key, k_head, v_head, table, block_size, b
             put_i64(plan + 8 * STATUS, BAD_BLOCK)
             put_i64(plan + 8 * CULPRIT, block)
             block = 0
-        put_i64(work + 4 * _KEYS + 8 * s, k_head + block * block_bytes + offset * itemsize)
-        put_i64(work + 4 * _VALUES + 8 * s, v_head + block * block_bytes + offset * row_bytes)
+        put_i64(keys + 8 * s, k_head + block * block_bytes + offset * itemsize)
+        put_i64(values + 8 * s, v_head + block * block_bytes + offset * row_bytes)
 
 
 @device
-def _weigh_edge(tag, work, first, n, group, position, base, window, acc, row_bytes, dim):
+def _weigh_edge(
+    tag, work, first, n, group, position, base, window, acc, row_bytes, dim, ahead, key_bytes
+):
     """`_weigh` of a row tile whose tokens see different parts of the tile of keys at `base`."""
     p, values, factors = work, work + 4 * _VALUES, work + 4 * _FACTORS
     token_a, token_b = first // group, (first + n - 1) // group
@@ -143,7 +418,9 @@ def _weigh_edge(tag, work, first, n, group, position, base, window, acc, row_byt
         base, _first_key(position + token_a, window)
     )
     if is_shared:
-        _weigh(tag, n, p, values, row_bytes, acc, dim, factors, shared_lo, shared_hi)
+        _weigh(
+            tag, n, p, values, row_bytes, acc, dim, factors, shared_lo, shared_hi, ahead, key_bytes
+        )
         factors = work + 4 * _ONES
     for token in range(token_a, token_b + 1):
         row = max(first, token * group)
@@ -154,14 +431,46 @@ def _weigh_edge(tag, work, first, n, group, position, base, window, acc, row_byt
         if is_shared:
             lo = shared_hi
         if lo < hi:
-            _weigh(tag, rows, p + 4 * TILE * row, values, row_bytes, acc + 4 * dim * row, dim,
-                   factors + 4 * row, lo, hi)
+            _weigh(
+                tag,
+                rows,
+                p + 4 * TILE * row,
+                values,
+                row_bytes,
+                acc + 4 * dim * row,
+                dim,
+                factors + 4 * row,
+                lo,
+                hi,
+                ahead,
+                key_bytes,
+            )
 
 
 @device
-def _partition(tag, partition, q, top, sums, acc, work, num_rows, group, position, window,
-               k_head, v_head, table, block_size, block_bytes, num_blocks, key_bytes, row_bytes,
-               dim, plan):
+def _partition(
+    tag,
+    partition,
+    q,
+    top,
+    sums,
+    acc,
+    work,
+    num_rows,
+    group,
+    position,
+    window,
+    k_head,
+    v_head,
+    table,
+    block_size,
+    block_bytes,
+    num_blocks,
+    key_bytes,
+    row_bytes,
+    dim,
+    plan,
+):
     """One partition of keys for all rows of an item: sets top [rows], sums [rows, 16], acc [rows, dim]."""
     for row in range(num_rows):
         put_f32(top + 4 * row, np.float32(-np.inf))
@@ -175,15 +484,49 @@ def _partition(tag, partition, q, top, sums, acc, work, num_rows, group, positio
     step = (num_rows + num_tiles - 1) // num_tiles
     for tile in range(first_key // TILE, last_key // TILE + 1):
         base = tile * TILE
-        _point(work, tile, first_key, last_key, k_head, v_head, table, block_size, block_bytes,
-               num_blocks, key_bytes, row_bytes, plan)
+        values = work + 4 * _VALUES
+        keys = work + 4 * _KEYS + 8 * SUBS * (tile & 1)
+        ahead = work + 4 * _KEYS + 8 * SUBS * (~tile & 1)
+        # Past the last tile this repeats its last keys, which costs nothing.
+        _point(
+            ahead,
+            values,
+            tile + 1,
+            first_key,
+            last_key,
+            k_head,
+            v_head,
+            table,
+            block_size,
+            block_bytes,
+            num_blocks,
+            key_bytes,
+            row_bytes,
+            plan,
+        )
+        _point(
+            keys,
+            values,
+            tile,
+            first_key,
+            last_key,
+            k_head,
+            v_head,
+            table,
+            block_size,
+            block_bytes,
+            num_blocks,
+            key_bytes,
+            row_bytes,
+            plan,
+        )
         for first in range(0, num_rows, step):
             n = min(step, num_rows - first)
             pos_a = position + first // group
             pos_b = position + (first + n - 1) // group
             if pos_b < base or _first_key(pos_a, window) >= base + TILE:
                 continue
-            _scores(tag, n, q + 4 * dim * first, work + 4 * _KEYS, key_bytes, work, dim)
+            _scores(tag, n, q + 4 * dim * first, keys, key_bytes, work, dim, values)
             for r in range(n):
                 pos = position + (first + r) // group
                 lo = max(0, _first_key(pos, window) - base)
@@ -191,16 +534,42 @@ def _partition(tag, partition, q, top, sums, acc, work, num_rows, group, positio
                 factor = np.float32(1.0)
                 if lo < hi:
                     row = first + r
-                    factor = softmax_step(work + 4 * TILE * r, top + 4 * row,
-                                          sums + 4 * LANES * row, lo, hi)
+                    factor = softmax_step(
+                        work + 4 * TILE * r, top + 4 * row, sums + 4 * LANES * row, lo, hi
+                    )
                 put_f32(work + 4 * _FACTORS + 4 * r, factor)
             row_acc = acc + 4 * dim * first
             if pos_a + 1 >= base + TILE and _first_key(pos_b, window) <= base:
-                _weigh(tag, n, work, work + 4 * _VALUES, row_bytes, row_acc, dim,
-                       work + 4 * _FACTORS, 0, TILE)
+                _weigh(
+                    tag,
+                    n,
+                    work,
+                    values,
+                    row_bytes,
+                    row_acc,
+                    dim,
+                    work + 4 * _FACTORS,
+                    0,
+                    TILE,
+                    ahead,
+                    key_bytes,
+                )
             else:
-                _weigh_edge(tag, work, first, n, group, position, base, window, row_acc,
-                            row_bytes, dim)
+                _weigh_edge(
+                    tag,
+                    work,
+                    first,
+                    n,
+                    group,
+                    position,
+                    base,
+                    window,
+                    row_acc,
+                    row_bytes,
+                    dim,
+                    ahead,
+                    key_bytes,
+                )
 
 
 @device
@@ -252,9 +621,32 @@ def _pack_query(q, q_stride, packed, token, num_tokens, head, width, scale):
 
 
 @device
-def _attend(tag, itemsize, part, q, q_stride, k_cache, v_cache, tables, table_stride, starts,
-            seq_lens, num_requests, out, scratch, scratch_stride, partials, plan, num_kv_heads,
-            group, dim, block_size, num_blocks, window, scale64):
+def _attend(
+    tag,
+    itemsize,
+    part,
+    q,
+    q_stride,
+    k_cache,
+    v_cache,
+    tables,
+    table_stride,
+    starts,
+    seq_lens,
+    num_requests,
+    out,
+    scratch,
+    scratch_stride,
+    partials,
+    plan,
+    num_kv_heads,
+    group,
+    dim,
+    block_size,
+    num_blocks,
+    window,
+    scale64,
+):
     scale = np.float32(scale64)
     chunk, split = get_i64(plan + 8 * CHUNK_TOKENS), get_i64(plan + 8 * SPLIT)
     num_items, splits = get_i64(plan + 8 * NUM_ITEMS), get_i64(plan + 8 * MAX_PARTITIONS)
@@ -305,24 +697,51 @@ def _attend(tag, itemsize, part, q, q_stride, k_cache, v_cache, tables, table_st
             acc = top + 4 * max_rows
         _pack_query(q, q_stride, packed, token, num_tokens, head, width, scale)
         for partition in range(first_partition, final_partition + 1):
-            _partition(tag, partition, packed, top, sums, acc, work, num_rows, group, position,
-                       window, k_cache + head * head_bytes, v_cache + head * head_bytes,
-                       tables + 4 * request * table_stride, block_size, block_bytes, num_blocks,
-                       key_bytes, row_bytes, dim, plan)
+            _partition(
+                tag,
+                partition,
+                packed,
+                top,
+                sums,
+                acc,
+                work,
+                num_rows,
+                group,
+                position,
+                window,
+                k_cache + head * head_bytes,
+                v_cache + head * head_bytes,
+                tables + 4 * request * table_stride,
+                block_size,
+                block_bytes,
+                num_blocks,
+                key_bytes,
+                row_bytes,
+                dim,
+                plan,
+            )
             if split or first_partition == final_partition:
                 continue
             for row in range(num_rows):
                 pos = position + row // group
                 if _sees(partition, pos, window):
                     is_first = partition == _first_key(pos, window) // PARTITION
-                    _merge_row(is_first, whole_top + 4 * row, whole_sum + 4 * row,
-                               whole_acc + 4 * row * dim, top + 4 * row,
-                               _lane_sum(sums + 4 * LANES * row), acc + 4 * row * dim, dim)
+                    _merge_row(
+                        is_first,
+                        whole_top + 4 * row,
+                        whole_sum + 4 * row,
+                        whole_acc + 4 * row * dim,
+                        top + 4 * row,
+                        _lane_sum(sums + 4 * LANES * row),
+                        acc + 4 * row * dim,
+                        dim,
+                    )
         if split:
             continue
         for row in range(num_rows):
-            target = out + 4 * (((token + row // group) * num_kv_heads + head) * width
-                                + row % group * dim)
+            target = out + 4 * (
+                ((token + row // group) * num_kv_heads + head) * width + row % group * dim
+            )
             if first_partition == final_partition:
                 _emit_row(target, _lane_sum(sums + 4 * LANES * row), acc + 4 * row * dim, dim)
             else:
@@ -330,35 +749,182 @@ def _attend(tag, itemsize, part, q, q_stride, k_cache, v_cache, tables, table_st
 
 
 @kernel
-def attend_float32(part, num_parts, q, q_stride, k_cache, v_cache, tables, table_stride, starts,
-                   seq_lens, num_requests, out, scratch, scratch_stride, partials, plan,
-                   num_kv_heads, group, dim, block_size, num_blocks, window, scale: float):
-    _attend(np.float32(0), 4, part, q, q_stride, k_cache, v_cache, tables, table_stride, starts,
-            seq_lens, num_requests, out, scratch, scratch_stride, partials, plan, num_kv_heads,
-            group, dim, block_size, num_blocks, window, scale)
+def attend_float32(
+    part,
+    num_parts,
+    q,
+    q_stride,
+    k_cache,
+    v_cache,
+    tables,
+    table_stride,
+    starts,
+    seq_lens,
+    num_requests,
+    out,
+    scratch,
+    scratch_stride,
+    partials,
+    plan,
+    num_kv_heads,
+    group,
+    dim,
+    block_size,
+    num_blocks,
+    window,
+    scale: float,
+):
+    _attend(
+        np.float32(0),
+        4,
+        part,
+        q,
+        q_stride,
+        k_cache,
+        v_cache,
+        tables,
+        table_stride,
+        starts,
+        seq_lens,
+        num_requests,
+        out,
+        scratch,
+        scratch_stride,
+        partials,
+        plan,
+        num_kv_heads,
+        group,
+        dim,
+        block_size,
+        num_blocks,
+        window,
+        scale,
+    )
 
 
 @kernel
-def attend_bfloat16(part, num_parts, q, q_stride, k_cache, v_cache, tables, table_stride, starts,
-                    seq_lens, num_requests, out, scratch, scratch_stride, partials, plan,
-                    num_kv_heads, group, dim, block_size, num_blocks, window, scale: float):
-    _attend(np.uint16(0), 2, part, q, q_stride, k_cache, v_cache, tables, table_stride, starts,
-            seq_lens, num_requests, out, scratch, scratch_stride, partials, plan, num_kv_heads,
-            group, dim, block_size, num_blocks, window, scale)
+def attend_bfloat16(
+    part,
+    num_parts,
+    q,
+    q_stride,
+    k_cache,
+    v_cache,
+    tables,
+    table_stride,
+    starts,
+    seq_lens,
+    num_requests,
+    out,
+    scratch,
+    scratch_stride,
+    partials,
+    plan,
+    num_kv_heads,
+    group,
+    dim,
+    block_size,
+    num_blocks,
+    window,
+    scale: float,
+):
+    _attend(
+        np.uint16(0),
+        2,
+        part,
+        q,
+        q_stride,
+        k_cache,
+        v_cache,
+        tables,
+        table_stride,
+        starts,
+        seq_lens,
+        num_requests,
+        out,
+        scratch,
+        scratch_stride,
+        partials,
+        plan,
+        num_kv_heads,
+        group,
+        dim,
+        block_size,
+        num_blocks,
+        window,
+        scale,
+    )
 
 
 @kernel
-def attend_float16(part, num_parts, q, q_stride, k_cache, v_cache, tables, table_stride, starts,
-                   seq_lens, num_requests, out, scratch, scratch_stride, partials, plan,
-                   num_kv_heads, group, dim, block_size, num_blocks, window, scale: float):
-    _attend(np.int16(0), 2, part, q, q_stride, k_cache, v_cache, tables, table_stride, starts,
-            seq_lens, num_requests, out, scratch, scratch_stride, partials, plan, num_kv_heads,
-            group, dim, block_size, num_blocks, window, scale)
+def attend_float16(
+    part,
+    num_parts,
+    q,
+    q_stride,
+    k_cache,
+    v_cache,
+    tables,
+    table_stride,
+    starts,
+    seq_lens,
+    num_requests,
+    out,
+    scratch,
+    scratch_stride,
+    partials,
+    plan,
+    num_kv_heads,
+    group,
+    dim,
+    block_size,
+    num_blocks,
+    window,
+    scale: float,
+):
+    _attend(
+        np.int16(0),
+        2,
+        part,
+        q,
+        q_stride,
+        k_cache,
+        v_cache,
+        tables,
+        table_stride,
+        starts,
+        seq_lens,
+        num_requests,
+        out,
+        scratch,
+        scratch_stride,
+        partials,
+        plan,
+        num_kv_heads,
+        group,
+        dim,
+        block_size,
+        num_blocks,
+        window,
+        scale,
+    )
 
 
 @kernel
-def merge(part, num_parts, starts, seq_lens, num_requests, out, partials, plan, num_kv_heads,
-          group, dim, window):
+def merge(
+    part,
+    num_parts,
+    starts,
+    seq_lens,
+    num_requests,
+    out,
+    partials,
+    plan,
+    num_kv_heads,
+    group,
+    dim,
+    window,
+):
     """Second phase of split items: fold every row's partitions in ascending order, then emit."""
     chunk, splits = get_i64(plan + 8 * CHUNK_TOKENS), get_i64(plan + 8 * MAX_PARTITIONS)
     max_rows = chunk * group
@@ -382,9 +948,16 @@ def merge(part, num_parts, starts, seq_lens, num_requests, out, partials, plan, 
                 put_f32(total, _lane_sum(total))
                 for partition in range(start + 1, pos // PARTITION + 1):
                     source = partials + (item + partition - base) * slot_bytes
-                    _merge_row(False, top, total, acc, source + 4 * (max_rows * LANES + row),
-                               _lane_sum(source + 4 * LANES * row),
-                               source + 4 * (max_rows * (LANES + 1) + row * dim), dim)
+                    _merge_row(
+                        False,
+                        top,
+                        total,
+                        acc,
+                        source + 4 * (max_rows * LANES + row),
+                        _lane_sum(source + 4 * LANES * row),
+                        source + 4 * (max_rows * (LANES + 1) + row * dim),
+                        dim,
+                    )
                 token = query_start + index * chunk + row // group
                 place = (token * num_kv_heads + head) * group * dim + row % group * dim
                 _emit_row(out + 4 * place, get_f32(total), acc, dim)
@@ -392,8 +965,21 @@ def merge(part, num_parts, starts, seq_lens, num_requests, out, partials, plan, 
 
 
 @kernel
-def make_plan(part, num_parts, starts, seq_lens, num_requests, num_tokens, max_keys, num_kv_heads,
-              group, dim, window, num_threads, plan):
+def make_plan(
+    part,
+    num_parts,
+    starts,
+    seq_lens,
+    num_requests,
+    num_tokens,
+    max_keys,
+    num_kv_heads,
+    group,
+    dim,
+    window,
+    num_threads,
+    plan,
+):
     """Check the batch and choose the chunk and the split; neither changes a result's bits."""
     cost, longest = 0, 0
     if get_i32(starts) != 0 or get_i32(starts + 4 * num_requests) != num_tokens:

@@ -3,6 +3,7 @@
 Every loop keeps one chain of fused multiply-adds per (row, key) or (row, value column), so the number of
 rows handled together never changes a bit of any row. Addresses are int64; strides are bytes.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -11,13 +12,17 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _numba_intrinsic
 
 from octavo_kernels.simd import LANES, call_llvm, emit_load, emit_splat, pointer
+
+intrinsic: Any = _numba_intrinsic
 
 TILE = 64  # keys; a tile starts at a multiple of TILE
 SUBS = TILE // LANES
 MAX_ROWS = 6  # rows of the widest register tile: 6 x 4 accumulators of 16 lanes fill AVX-512
+# Tiles of more rows compute longer than memory takes, and asking ahead would only cost them time.
+_FETCHING_ROWS = 4
 
 F32 = ir.FloatType()
 I32 = ir.IntType(32)
@@ -93,6 +98,11 @@ def _reduce_max(builder: Any, x: Any) -> Any:
     return builder.extract_element(x, I32(0))
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    where = pointer(builder, address, ir.IntType(8))
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(3), I32(1)])
+
+
 class _Loop:
     """`for i in range(start, stop)` with carried vectors; `index` and `carried` are valid inside."""
 
@@ -125,17 +135,19 @@ class _Loop:
 
 
 @intrinsic(prefer_literal=True)
-def scores(typingctx, tag, rows, q, keys, key_stride, out, dim):
+def scores(typingctx, tag, rows, q, keys, key_stride, out, dim, ahead):
     """out[row, key] = sum over h ascending of q[row, h] * K[h, key], for `rows` rows and 64 keys.
 
     `q` addresses packed float32 rows of `dim`; `keys` addresses 4 int64 addresses, each of 16 neighbouring
-    keys at h = 0; `key_stride` is the distance between two h.
+    keys at h = 0; `key_stride` is the distance between two h. `ahead` addresses 4 addresses, each of
+    16 * `dim` elements that are wanted next: blocks lie scattered, so the core cannot foresee them.
     """
     rows_n = rows.literal_value
-    sig = types.void(tag, rows, *([types.int64] * 5))
+    sig = types.void(tag, rows, *([types.int64] * 6))
 
     def codegen(context, builder, signature, args):
-        _, _, q_, keys_, stride, out_, dim_ = args
+        _, _, q_, keys_, stride, out_, dim_, ahead_ = args
+        itemsize = 4 if tag == types.float32 else 2
         group_n = _vectors_per_loop()
         row_bytes = builder.mul(dim_, I64(4))
         q_rows = [builder.add(q_, builder.mul(row_bytes, I64(r))) for r in range(rows_n)]
@@ -144,8 +156,16 @@ def scores(typingctx, tag, rows, q, keys, key_stride, out, dim):
                 _load(builder, _offset(builder, keys_, 8 * (first + s)), I64, 8)
                 for s in range(group_n)
             ]
+            next_at = [
+                _load(builder, _offset(builder, ahead_, 8 * (first + s)), I64, 8)
+                for s in range(group_n)
+            ]
             zero = [_const(0.0)] * (rows_n * group_n)
             loop = _Loop(builder, I64(0), dim_, zero)
+            if rows_n <= _FETCHING_ROWS:
+                line = builder.mul(loop.index, I64(LANES * itemsize))
+                for where in next_at:
+                    _prefetch(builder, builder.add(where, line))
             shift = builder.mul(loop.index, stride)
             k = [emit_load(builder, builder.add(b, shift), _STORAGE[tag]) for b in bases]
             at = builder.mul(loop.index, I64(4))
@@ -185,8 +205,9 @@ def softmax_step(typingctx, row, max_at, sum_at, lo, hi):
             )
             value = _load(builder, _offset(builder, row_, 4 * s * LANES))
             values.append(builder.select(inside, value, _const(float("-inf"))))
-        top = _max(builder, _max(builder, values[0], values[1]),
-                   _max(builder, values[2], values[3]))
+        top = _max(
+            builder, _max(builder, values[0], values[1]), _max(builder, values[2], values[3])
+        )
         old = _load(builder, max_, F32)
         new = _max(builder, _reduce_max(builder, top), old)
         new_all = emit_splat(builder, new)
@@ -203,19 +224,38 @@ def softmax_step(typingctx, row, max_at, sum_at, lo, hi):
 
 
 @intrinsic(prefer_literal=True)
-def weigh(typingctx, tag, rows, vectors, p, values, value_shift, value_stride, acc, acc_stride,
-          factors, lo, hi):
+def weigh(
+    typingctx,
+    tag,
+    rows,
+    vectors,
+    p,
+    values,
+    value_shift,
+    value_stride,
+    acc,
+    acc_stride,
+    factors,
+    lo,
+    hi,
+    ahead,
+    ahead_row,
+    ahead_stride,
+):
     """acc[row, col] = acc * factors[row] + sum over keys lo..hi-1 ascending of p[row, key] * V[key, col].
 
     Handles `rows` x (16 * `vectors`) columns. `values` addresses 4 int64 addresses, each of the first of
     16 neighbouring keys, to be moved by `value_shift`; `value_stride` is the distance between two keys.
-    Keys outside [lo, hi) are not read.
+    Keys outside [lo, hi) are not read. `ahead` addresses the 4 key addresses of the tile wanted next: a
+    full tile's loop asks for their rows `ahead_row` to `ahead_row` + 16 * `vectors` - 1.
     """
     rows_n, vectors_n = rows.literal_value, vectors.literal_value
-    sig = types.void(tag, rows, vectors, *([types.int64] * 9))
+    sig = types.void(tag, rows, vectors, *([types.int64] * 12))
 
     def codegen(context, builder, signature, args):
-        _, _, _, p_, values_, shift, stride, acc_, acc_stride_, factors_, lo_, hi_ = args
+        _, _, _, p_, values_, shift, stride, acc_, acc_stride_, factors_, lo_, hi_ = args[:12]
+        ahead_, ahead_row_, ahead_stride_ = args[12:]
+        next_at = [_load(builder, _offset(builder, ahead_, 8 * s), I64, 8) for s in range(SUBS)]
         itemsize = 4 if tag == types.float32 else 2
         row_at = [builder.add(acc_, builder.mul(acc_stride_, I64(r))) for r in range(rows_n)]
         together = min(vectors_n, _vectors_per_loop())
@@ -229,6 +269,11 @@ def weigh(typingctx, tag, rows, vectors, p, values, value_shift, value_stride, a
                     places.append(place)
                     initial.append(builder.fmul(_load(builder, place), factor))
             loop = _Loop(builder, lo_, hi_, initial)
+            if rows_n <= _FETCHING_ROWS:
+                row = builder.lshr(builder.mul(loop.index, I64(together)), I64(2))
+                row = builder.add(row, builder.add(ahead_row_, I64(LANES * first)))
+                for where in next_at:
+                    _prefetch(builder, builder.add(where, builder.mul(row, ahead_stride_)))
             sub = builder.mul(builder.lshr(loop.index, I64(4)), I64(8))
             base = builder.add(_load(builder, builder.add(values_, sub), I64, 8), shift)
             within = builder.and_(loop.index, I64(LANES - 1))
@@ -240,7 +285,9 @@ def weigh(typingctx, tag, rows, vectors, p, values, value_shift, value_stride, a
             at = builder.add(p_, builder.mul(loop.index, I64(4)))
             updated = []
             for r in range(rows_n):
-                weight = emit_splat(builder, _load(builder, _offset(builder, at, 4 * TILE * r), F32))
+                weight = emit_splat(
+                    builder, _load(builder, _offset(builder, at, 4 * TILE * r), F32)
+                )
                 for c in range(together):
                     updated.append(_fma(builder, weight, v[c], loop.carried[r * together + c]))
             for place, value in zip(places, loop.close(updated), strict=True):

@@ -9,8 +9,10 @@ from octavo_kernels.parallel import device, kernel
 from octavo_kernels.simd import (
     LANES,
     add,
+    div,
     first_lanes,
     fma,
+    lane,
     load_f32,
     load_f32_masked,
     mul,
@@ -19,8 +21,6 @@ from octavo_kernels.simd import (
     sqrt,
     store_f32,
     store_f32_masked,
-    div,
-    lane,
 )
 
 

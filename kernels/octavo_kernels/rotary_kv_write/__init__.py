@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+import array
+import functools
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,9 @@ def rotary_kv_write(
         )
     q = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)[:, :num_heads]
     num_blocks, block_size = k_cache.shape[0], k_cache.shape[3]
-    _check_cache(k_cache, v_cache, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    _check_cache(k_cache.shape, v_cache.shape, k_cache.dtype, v_cache.dtype, num_kv_heads, head_dim)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("k_cache and v_cache must be contiguous")
     _check_tables(cos, sin, q_norm, k_norm, head_dim=head_dim)
     for name, index in (("positions", positions), ("slots", slots)):
         if index.shape != (num_tokens,) or index.dtype not in _INDEX_BYTES:
@@ -67,7 +71,7 @@ def rotary_kv_write(
             raise ValueError(f"{name} must be contiguous")
     if num_tokens == 0:
         return q
-    status = np.zeros(1, np.int64)
+    status = array.array("q", b"\0" * 8)
     is_small = num_tokens * width < _SERIAL_ELEMENTS
     cpu.rotate_and_write(
         1 if is_small else min(num_tokens, parallel.num_threads()),
@@ -91,7 +95,7 @@ def rotary_kv_write(
         num_blocks,
         0 if q_norm is None else q_norm.data_ptr(),
         0 if k_norm is None else k_norm.data_ptr(),
-        status.ctypes.data,
+        status.buffer_info()[0],
         eps,
     )
     if status[0] == cpu.BAD_POSITION:
@@ -100,31 +104,31 @@ def rotary_kv_write(
             f"{int(positions.max())}"
         )
     if status[0] == cpu.BAD_SLOT:
-        raise ValueError(
-            f"slots must be below {num_blocks * block_size}, got {int(slots.max())}"
-        )
+        raise ValueError(f"slots must be below {num_blocks * block_size}, got {int(slots.max())}")
     return q
 
 
-def _check_cache(k_cache: Tensor, v_cache: Tensor, *, num_kv_heads: int, head_dim: int) -> None:
+@functools.lru_cache(maxsize=256)
+def _check_cache(
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    k_dtype: torch.dtype,
+    v_dtype: torch.dtype,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Refuses what does not fit; a model asks the same question in every layer."""
     shapes = kv_cache_shapes(
-        k_cache.shape[0],
-        block_size=k_cache.shape[3],
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        k_shape[0], block_size=k_shape[3], num_kv_heads=num_kv_heads, head_dim=head_dim
     )
-    if (k_cache.shape, v_cache.shape) != shapes:
+    if (k_shape, v_shape) != shapes:
         raise ValueError(
-            f"caches must be {shapes[0]} and {shapes[1]}, got {tuple(k_cache.shape)} and "
-            f"{tuple(v_cache.shape)}"
+            f"caches must be {shapes[0]} and {shapes[1]}, got {tuple(k_shape)} and {tuple(v_shape)}"
         )
-    if k_cache.dtype not in _KINDS or v_cache.dtype != k_cache.dtype:
+    if k_dtype not in _KINDS or v_dtype != k_dtype:
         raise ValueError(
-            f"cache dtype must be one of {[str(d) for d in _KINDS]}, got {k_cache.dtype} and "
-            f"{v_cache.dtype}"
+            f"cache dtype must be one of {[str(d) for d in _KINDS]}, got {k_dtype} and {v_dtype}"
         )
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("k_cache and v_cache must be contiguous")
 
 
 def _check_tables(

@@ -89,9 +89,32 @@ def _write_head(kind, k, v, k_target, v_target, dim, block_size):
 
 
 @kernel
-def rotate_and_write(part, num_parts, kind, qkv, num_tokens, num_heads, num_kv_heads, dim,
-                     positions, position_bytes, cos, sin, half, num_positions, slots, slot_bytes,
-                     k_cache, v_cache, block_size, num_blocks, q_norm, k_norm, status, eps: float):
+def rotate_and_write(
+    part,
+    num_parts,
+    kind,
+    qkv,
+    num_tokens,
+    num_heads,
+    num_kv_heads,
+    dim,
+    positions,
+    position_bytes,
+    cos,
+    sin,
+    half,
+    num_positions,
+    slots,
+    slot_bytes,
+    k_cache,
+    v_cache,
+    block_size,
+    num_blocks,
+    q_norm,
+    k_norm,
+    status,
+    eps: float,
+):
     """kind: cache storage; q_norm, k_norm: address of [dim] weights or 0; status: one int64."""
     itemsize = 4 if kind == _FLOAT32 else 2
     row_bytes = 4 * dim * (num_heads + 2 * num_kv_heads)
@@ -118,6 +141,12 @@ def rotate_and_write(part, num_parts, kind, qkv, num_tokens, num_heads, num_kv_h
         for head in range(num_kv_heads):
             k = row + 4 * dim * (num_heads + head)
             place = (block * num_kv_heads + head) * dim * block_size * itemsize
-            _write_head(kind, k, k + 4 * dim * num_kv_heads,
-                        k_cache + place + offset * itemsize,
-                        v_cache + place + offset * dim * itemsize, dim, block_size)
+            _write_head(
+                kind,
+                k,
+                k + 4 * dim * num_kv_heads,
+                k_cache + place + offset * itemsize,
+                v_cache + place + offset * dim * itemsize,
+                dim,
+                block_size,
+            )

@@ -40,15 +40,11 @@ def gelu_tanh_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
 def _run(name: str, rows: parallel.Kernel, x: Tensor, out: Tensor | None) -> Tensor:
     require_device(name, x)
     if x.dim() != 2 or x.shape[1] % 2 or x.dtype != torch.float32 or not x.is_contiguous():
-        raise ValueError(
-            f"{name} takes contiguous float32 [T, 2F], got {x.dtype} {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} takes contiguous float32 [T, 2F], got {x.dtype} {tuple(x.shape)}")
     num_rows, width = x.shape[0], x.shape[1] // 2
     if out is None:
         out = torch.empty(num_rows, width)
-    elif (
-        out.shape != (num_rows, width) or out.dtype != torch.float32 or not out.is_contiguous()
-    ):
+    elif out.shape != (num_rows, width) or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous float32 {(num_rows, width)}, got {out.dtype} "
             f"{tuple(out.shape)}"

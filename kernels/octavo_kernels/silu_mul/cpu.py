@@ -37,7 +37,9 @@ def _silu(gate, up):
 def _gelu(gate, up):
     # 0.5 * (1 + tanh(u)) = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + 0.044715 * gate**3)
     square = mul(gate, gate)
-    cubic = fma(square, splat(np.float32(-0.07135481627159736)), splat(np.float32(-1.5957691216057308)))
+    cubic = fma(
+        square, splat(np.float32(-0.07135481627159736)), splat(np.float32(-1.5957691216057308))
+    )
     return _gate(gate, mul(gate, cubic), up)
 
 

@@ -49,9 +49,7 @@ def _spec(
         rows=("x",),
         bytes_moved=lambda case, itemsize: 3 * case.T * case.F * itemsize,
         baselines={"torch": baseline},
-        bench_cases=tuple(
-            Case(f"T{t}", T=t, F=1536, spread=1) for t in (1, 16, 128, 512, 4096)
-        ),
+        bench_cases=tuple(Case(f"T{t}", T=t, F=1536, spread=1) for t in (1, 16, 128, 512, 4096)),
     )
 
 
