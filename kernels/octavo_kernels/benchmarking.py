@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -72,9 +73,9 @@ def time_case(
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, function in contenders.items():
-            mine = inputs[name]
             time.sleep(_SETTLE_S)
-            taken[name] += _times(lambda f=function, i=mine: f(**i), seconds=seconds, device=device)
+            call = partial(function, **inputs[name])
+            taken[name] += _times(call, seconds=seconds, device=device)
     found = []
     for name, values in taken.items():
         deciles = quantiles(values, n=10)
