@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -157,9 +156,10 @@ class ScriptedEngine:
                 tokens.append(token)
                 position += 1
                 may_stop = position > params.min_tokens
-                if may_stop and not params.ignore_eos and token in params.eos_token_ids:
-                    reason = FinishReason.STOP
-                elif may_stop and token in params.stop_token_ids:
+                ends = set(params.stop_token_ids)
+                if not params.ignore_eos:
+                    ends.update(params.eos_token_ids)
+                if may_stop and token in ends:
                     reason = FinishReason.STOP
                 elif position >= limit:
                     reason = FinishReason.LENGTH
@@ -218,12 +218,10 @@ def wait_until(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
 
 
 @contextlib.contextmanager
-def serving(
-    *, tokenizer: Tokenizer, max_model_len: int = 256, model_dir: Path | None = None, **options: Any
-) -> Iterator[Server]:
+def serving(*, tokenizer: Tokenizer, max_model_len: int = 256, **options: Any) -> Iterator[Server]:
     """A running server; ``options`` go to `create_app`."""
     engine = ScriptedEngine(vocab_size=tokenizer.vocab_size, max_model_len=max_model_len)
-    app = create_app(engine, tokenizer=tokenizer, model_dir=model_dir, **options)
+    app = create_app(engine, tokenizer=tokenizer, **options)
     server = Server(app, engine)
     server.start()
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -18,7 +18,7 @@ from octavo.api import chat, completions, models, operations, tokenization
 from octavo.api.errors import to_api_error
 from octavo.api.front import Front, Metrics
 from octavo.api.lifecycle import Lifecycle, State
-from octavo.api.middleware import ApiKeys, RequestCounts, RequestIds
+from octavo.api.middleware import ApiKeys, RequestCounts, RequestIds, RootPath
 from octavo.api.params import Defaults, SeedSource
 from octavo.config import ModelConfig, SchedulerConfig, ServerConfig
 from octavo.engine.protocols import Engine
@@ -37,32 +37,31 @@ def create_app(
     scheduler: SchedulerConfig | None = None,
     metrics: Metrics | None = None,
     lifecycle: Lifecycle | None = None,
-    model_dir: Path | None = None,
+    generation_config: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """The application over a started ``engine``.
 
-    ``model_dir`` is the folder with generation_config.json and the chat template, if they are in
-    files of their own. Without ``lifecycle`` the server is ready at once. ``app.state.front`` has
-    the parts. Raises ValueError for a chat template or generation config that cannot be used.
+    ``generation_config``: the model's generation_config.json, for sampling defaults. Without
+    ``lifecycle`` the server is ready at once. ``app.state.front`` has the parts. Raises
+    ValueError for a chat template or generation config that cannot be used.
     """
     server, model = server or ServerConfig(), model or ModelConfig()
     front = Front(
         engine=engine,
         tokenizer=tokenizer,
-        template=load_template(tokenizer, given=server.chat_template, folder=model_dir),
+        template=load_template(tokenizer, given=server.chat_template),
         server=server,
         model=model,
         scheduler=scheduler or SchedulerConfig(),
         metrics=metrics,
         lifecycle=lifecycle or Lifecycle(State.READY),
-        defaults=load_defaults(model, folder=model_dir),
+        defaults=load_defaults(model, generation_config=generation_config or {}),
         seeds=SeedSource(model.seed),
         created=int(time.time()),
     )
     app = FastAPI(
         title="Octavo",
         version=__version__,
-        root_path=server.root_path,
         docs_url=None if server.disable_fastapi_docs else "/docs",
         redoc_url=None,
         openapi_url=None if server.disable_fastapi_docs else "/openapi.json",
@@ -97,36 +96,25 @@ def _add_middleware(app: FastAPI, front: Front) -> None:
             allow_headers=server.allowed_headers,
             allow_credentials=server.allow_credentials,
         )
+    if server.root_path:
+        app.add_middleware(RootPath, path=server.root_path)
 
 
-def load_template(
-    tokenizer: Tokenizer, *, given: str | None, folder: Path | None
-) -> ChatTemplate | None:
-    """The chat template, or None if the model has none. Raises ValueError."""
-    source = find_template(given, folder=folder, config=tokenizer.config)
+def load_template(tokenizer: Tokenizer, *, given: str | None) -> ChatTemplate | None:
+    """The chat template, or None if the model has none. ``given``: the server's option. Raises
+    ValueError."""
+    source = find_template(given, folder=tokenizer.folder, config=tokenizer.config)
     if source is None:
         return None
-    named = {
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "pad_token": tokenizer.pad_token,
-        "unk_token": tokenizer.unk_token,
-    }
-    return ChatTemplate(source, special_tokens={k: v for k, v in named.items() if v is not None})
+    return ChatTemplate(source, special_tokens=tokenizer.named_tokens)
 
 
-def load_defaults(model: ModelConfig, *, folder: Path | None) -> Defaults:
-    """Sampling defaults from the model's generation_config.json, unless told not to use it.
-    Raises ValueError."""
-    if model.generation_config != "auto" or folder is None:
+def load_defaults(model: ModelConfig, *, generation_config: Mapping[str, Any]) -> Defaults:
+    """Sampling defaults by the model's author, unless the server was told to use none. Raises
+    ValueError."""
+    if model.generation_config != "auto":
         return Defaults()
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return Defaults()
-    try:
-        defaults = Defaults.from_generation_config(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+    defaults = Defaults.from_generation_config(generation_config)
     if defaults != Defaults():
-        log.info("sampling defaults from %s: %s", file.name, defaults)
+        log.info("sampling defaults from generation_config.json: %s", defaults)
     return defaults

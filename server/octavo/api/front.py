@@ -64,12 +64,11 @@ class Front:
         limit = self.scheduler.max_num_queued_reqs
         if limit is None:
             return
-        num_waiting = max(0, self.engine.num_unfinished - self.engine.info.max_num_seqs)
-        # What starts at once waits for nobody, whatever the limit.
-        has_room = self.engine.num_unfinished + num_new <= self.engine.info.max_num_seqs
-        if not has_room and num_waiting + num_new > limit:
+        num_waiting = self.engine.num_unfinished - self.engine.info.max_num_seqs
+        if num_waiting + num_new > limit:
             raise UnavailableError(
-                f"{num_waiting} requests are already waiting and at most {limit} may",
+                f"{max(0, num_waiting)} requests are already waiting, {num_new} came, "
+                f"and at most {limit} may wait",
                 code="queue_full",
             )
 

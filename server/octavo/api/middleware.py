@@ -24,6 +24,19 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _NOT_COUNTED = {"/metrics", "/health", "/ready", "/load", "/ping", "/version"}
 
 
+class RootPath:
+    """Tells routes and /docs the prefix a proxy serves us under, stripped by it or not."""
+
+    def __init__(self, app: ASGIApp, *, path: str) -> None:
+        self._app = app
+        self._path = path.rstrip("/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope.get("root_path"):
+            scope["root_path"] = self._path
+        await self._app(scope, receive, send)
+
+
 class RequestIds:
     """Gives every request an id, the client's if it sent one, and tells it in the answer."""
 

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from octavo.api.errors import ApiError
+from pydantic import ValidationError
+
+from octavo.api.errors import ApiError, from_validation
 from octavo.api.schemas import Generation
 from octavo.text.detokenizer import TextParams
 from octavo.types import SamplingParams
@@ -36,8 +38,17 @@ class Defaults:
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> Defaults:
-        """From the content of generation_config.json; what is not there or null is neutral."""
+        """From the content of generation_config.json; what is not there or null is neutral.
+        Raises ValueError for what no request may ask for either."""
         found = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        for name, value in found.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"generation_config.json: {name} must be a number, got {value!r}")
+        values = {name: value for name, value in found.items() if name in Generation.model_fields}
+        try:
+            Generation.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(f"generation_config.json: {from_validation(error)}") from error
         return cls(**found)
 
 

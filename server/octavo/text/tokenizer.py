@@ -9,20 +9,20 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import Sequence as ProcessorSequence
-from tokenizers.processors import TemplateProcessing
+
+from octavo.checkpoint.cache import cached_folder
 
 log = logging.getLogger(__name__)
 
 # Encoding longer texts would hold the event loop for more than about a millisecond.
 _LONG_TEXT = 4_000
+_NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SPM_SPACE = "\u2581"
 
 
@@ -59,23 +59,26 @@ def _content(token: Any) -> str | None:
 class Tokenizer:
     """One model's tokenizer. Immutable after construction; safe to share between threads."""
 
-    def __init__(self, backend: Backend, *, config: dict[str, Any] | None = None) -> None:
-        """``config``: the content of tokenizer_config.json."""
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        config: dict[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """``config``: the content of tokenizer_config.json. ``folder``: where it was read."""
         self._backend = backend
+        self.folder = folder
         self.config = config or {}
         self._kind = _decoder_kind(json.loads(backend.to_str()).get("decoder"))
         self._byte_of = _byte_alphabet()
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.bos_token = _content(self.config.get("bos_token"))
-        self.eos_token = _content(self.config.get("eos_token"))
-        self.pad_token = _content(self.config.get("pad_token"))
-        self.unk_token = _content(self.config.get("unk_token"))
+        named = {name: _content(self.config.get(name)) for name in _NAMED_TOKENS}
+        self.named_tokens = {name: token for name, token in named.items() if token is not None}
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._bytes: dict[int, bytes] = {}
-        if "add_bos_token" in self.config or "add_eos_token" in self.config:
-            self._set_post_processor()
 
     @classmethod
     def from_dir(cls, folder: Path | str) -> Tokenizer:
@@ -97,25 +100,14 @@ class Tokenizer:
             raise ValueError(f"cannot read the tokenizer in {folder}: {error}") from error
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, config=config)
-
-    def _set_post_processor(self) -> None:
-        """Puts BOS and EOS around prompts as tokenizer_config.json says."""
-        bos = self.bos_token if self.config.get("add_bos_token") else None
-        eos = self.eos_token if self.config.get("add_eos_token") else None
-        names = [t for t in (bos, eos) if t is not None]
-        ids = [(t, self._backend.token_to_id(t)) for t in names]
-        if any(i is None for _, i in ids):
-            return
-        single = " ".join(x for x in (bos, "$A", eos) if x)
-        template = TemplateProcessing(single=single, pair=None, special_tokens=ids)
-        # A byte-level processor only trims offsets, which nobody reads here.
-        self._backend.post_processor = ProcessorSequence([template])
+        return cls(backend, config=config, folder=folder)
 
     # ---- text -> ids -----------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it count as such."""
+        """Token ids of ``text``; special tokens written out in it count as such.
+        ``add_special_tokens``: with what tokenizer.json's post-processor adds, such as BOS; as in
+        transformers, tokenizer_config.json has no say in it."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -181,25 +173,22 @@ def _converted(folder: Path) -> Path:
     """A folder with the tokenizer of ``folder`` as tokenizer.json, made by transformers once."""
     files = sorted(p for p in folder.glob("*") if p.suffix in {".json", ".model", ".txt"})
     stamp = [f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
-    key = hashlib.sha256(f"{tokenizers.__version__} {folder} {stamp}".encode()).hexdigest()[:24]
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo"
-    target = Path(os.environ.get("OCTAVO_CACHE") or default) / "tokenizers" / key
-    if (target / "tokenizer.json").is_file():
-        return target
-    log.info("converting the tokenizer of %s once (kept in %s)", folder, target)
-    # Lazy: transformers takes seconds to import and few models need it.
-    from transformers import AutoTokenizer
+    made_of = f"{tokenizers.__version__} {folder.resolve()} {stamp}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:24]
 
-    try:
-        made = AutoTokenizer.from_pretrained(str(folder))
-        part = target.with_name(f"{key}.{os.getpid()}.part")
-        made.save_pretrained(str(part))
-    except Exception as error:
-        raise ValueError(
-            f"no tokenizer.json in {folder}, and transformers cannot convert what is there: {error}"
-        ) from error
-    if not (part / "tokenizer.json").is_file():
-        raise ValueError(f"the tokenizer in {folder} has no fast (tokenizer.json) form")
-    if not target.exists():
-        os.replace(part, target)
-    return target
+    def convert(target: Path) -> None:
+        # Lazy: transformers takes seconds to import and few models need it.
+        from transformers import AutoTokenizer
+
+        log.info("converting the tokenizer of %s, once", folder)
+        try:
+            AutoTokenizer.from_pretrained(str(folder)).save_pretrained(str(target))
+        except Exception as error:
+            raise ValueError(
+                f"no tokenizer.json in {folder}, and transformers cannot convert what is there: "
+                f"{error}"
+            ) from error
+        if not (target / "tokenizer.json").is_file():
+            raise ValueError(f"the tokenizer in {folder} has no fast (tokenizer.json) form")
+
+    return cached_folder(f"tokenizers/{key}", build=convert)
