@@ -16,7 +16,7 @@ from octavo_kernels.testing import same_bits
 INF = float("inf")
 
 
-def columns(rows: int, **values: float) -> dict[str, Tensor]:
+def columns(rows: int, **values: float) -> dict[str, Any]:
     kinds = {"top_k": torch.int32, "seeds": torch.int64, "positions": torch.int64}
     found = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seeds": 7} | values
     made = {k: torch.full((rows,), v, dtype=kinds.get(k, torch.float32)) for k, v in found.items()}
@@ -129,10 +129,11 @@ def test_filters_match_transformers() -> None:
     for temperature, top_k, top_p, min_p in [
         (0.7, 50, 0.9, 0.02), (1.0, 0, 0.5, 0.0), (2.0, 300, 1.0, 0.0), (1.0, 0, 0.99, 0.001)
     ]:  # fmt: skip
-        want = TemperatureLogitsWarper(temperature)(None, logits)
-        want = MinPLogitsWarper(min_p)(None, want) if min_p else want
-        want = TopKLogitsWarper(top_k)(None, want) if top_k else want
-        want = TopPLogitsWarper(top_p)(None, want) if top_p < 1 else want
+        unused: Any = None  # token ids, which these do not look at
+        want = TemperatureLogitsWarper(temperature)(unused, logits)
+        want = MinPLogitsWarper(min_p)(unused, want) if min_p else want
+        want = TopKLogitsWarper(top_k)(unused, want) if top_k else want
+        want = TopPLogitsWarper(top_p)(unused, want) if top_p < 1 else want
         for row in range(4):
             given = columns(
                 3000, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=row

@@ -12,7 +12,14 @@ from torch import Tensor
 from octavo.attention import AttentionMetadata, KVLayer
 from octavo.models import Model
 from octavo.sampling.logprobs import ROW_GROUP
-from octavo.types import BlockCopy, ModelOutput, NewRequest, SamplingParams, SchedulerOutput
+from octavo.types import (
+    BlockCopy,
+    ModelOutput,
+    NewRequest,
+    SamplingParams,
+    SchedulerOutput,
+    TokenLogprobs,
+)
 from octavo.worker.model_runner import ModelRunner
 from octavo_kernels.paged_attention import kv_cache_shapes
 
@@ -120,7 +127,7 @@ def test_prompt_logprobs_cover_each_position_once(make_runner: Make, model: Mode
     params = SamplingParams(temperature=0.0, prompt_logprobs=2)
     trap = Trap(model)
     runner = make_runner(using=trap)
-    scores = []
+    scores: list[TokenLogprobs] = []
     steps = [7, 40, 42, 1]  # the last of these computes the position that samples
     out = runner.execute(first_step(request("a", tokens, params=params), counts=steps[:1]))
     scores += out.prompt_logprobs["a"]

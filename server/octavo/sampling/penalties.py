@@ -46,10 +46,10 @@ class LogitParamsTable:
         self._token_ids = torch.from_numpy(token_ids)
         self._num_prompt_tokens = torch.from_numpy(num_prompt_tokens)
         self._num_tokens = torch.from_numpy(num_tokens)
-        self._repetition = torch.ones(num_rows)
-        self._frequency = torch.zeros(num_rows)
-        self._presence = torch.zeros(num_rows)
-        self._min_tokens = torch.zeros(num_rows, dtype=torch.int32)
+        self._repetition = np.ones(num_rows, np.float32)
+        self._frequency = np.zeros(num_rows, np.float32)
+        self._presence = np.zeros(num_rows, np.float32)
+        self._min_tokens = np.zeros(num_rows, np.int32)
         self._lists = [_NO_LISTS] * num_rows
         self._packed: LogitParams | None = None
 
@@ -91,10 +91,10 @@ class LogitParamsTable:
                 token_ids=self._token_ids,
                 num_prompt_tokens=self._num_prompt_tokens,
                 num_tokens=self._num_tokens,
-                repetition_penalty=self._repetition,
-                frequency_penalty=self._frequency,
-                presence_penalty=self._presence,
-                min_tokens=self._min_tokens,
+                repetition_penalty=torch.from_numpy(self._repetition),
+                frequency_penalty=torch.from_numpy(self._frequency),
+                presence_penalty=torch.from_numpy(self._presence),
+                min_tokens=torch.from_numpy(self._min_tokens),
                 bias_starts=self._starts(lambda lists: len(lists.bias)),
                 bias_ids=_ints(i for lists in self._lists for i, _ in lists.bias),
                 bias_values=_floats(v for lists in self._lists for _, v in lists.bias),

@@ -75,27 +75,36 @@ class ModelRunner:
         )
 
     def _run(self, request_ids: list[str], counts: list[int], results: _Results) -> None:
+        """Runs a batch, or, should it fail, its requests one by one."""
+        error = self._try(request_ids, counts, results)
+        if error is None:
+            return
+        _log.error("a batch of %d requests failed", len(request_ids), exc_info=error)
+        for request_id, count in zip(request_ids, counts, strict=True):
+            if len(request_ids) > 1:
+                error = self._try([request_id], [count], results)
+            if error is not None:
+                _log.error("request %s failed: %r", request_id, error)
+                reason = f"the model failed on this request ({type(error).__name__})"
+                results.errors[request_id] = reason
+
+    def _try(
+        self, request_ids: list[str], counts: list[int], results: _Results
+    ) -> Exception | None:
+        """Runs a batch and adds to the results, or changes nothing and returns what was raised."""
         try:
             batch = build_input_batch(
                 self._table, request_ids=request_ids, num_scheduled_tokens=counts
             )
             found = self._compute(batch)
-        except Exception as error:  # whatever it was, it must not take other requests with it
-            if len(request_ids) == 1:
-                _log.exception("request %s failed", request_ids[0])
-                results.errors[request_ids[0]] = (
-                    f"the model failed on this request ({type(error).__name__})"
-                )
-                return
-            _log.warning("a batch of %d failed (%r); running each alone", len(counts), error)
-            for request_id, count in zip(request_ids, counts, strict=True):
-                self._run([request_id], [count], results)
-            return
+        except Exception as error:  # whatever it is, it must not take other requests with it
+            return error
         self._commit(batch, found)
         results.tokens |= found.tokens
         results.logprobs |= found.logprobs
         results.prompt_logprobs |= found.prompt_logprobs
         results.errors |= found.errors
+        return None
 
     def _compute(self, batch: InputBatch) -> _Results:
         """All results of a batch; changes nothing but K/V slots that nobody has read yet."""

@@ -33,7 +33,7 @@ def check_device(device: str) -> None:
 
 
 def set_threads(wanted: int | None) -> int:
-    """Sets the threads of kernels and of torch; returns their number."""
+    """Sets the threads of kernels, and of torch while it loads; returns their number."""
     num_threads = wanted or usable_cores()
     parallel.set_num_threads(num_threads)
     torch.set_num_threads(num_threads)
@@ -91,6 +91,9 @@ def warm(runner: ModelRunner, *, plan: CachePlan, block_size: int) -> None:
 
     They write K/V into the first blocks, which count as never written afterwards.
     """
+    # All that torch does from here on is to copy rows. Its own threads would spin on the cores
+    # that the kernels' threads compute on (measured: a 150 KB copy took 7 ms instead of 0.02).
+    torch.set_num_threads(1)
     sampling.warm()
     block_copy.warm()
     room = min(plan.max_model_len, plan.num_blocks * block_size) - 1
