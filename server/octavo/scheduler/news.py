@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from octavo.scheduler.request import Request
@@ -11,16 +11,18 @@ from octavo.types import EngineOutput, FinishReason, TokenLogprobs
 # One output is made per running request and step, and a frozen dataclass's own __init__ would take
 # most of an update's time; setting its slots directly takes a third of that.
 _new_object = object.__new__
-_SETTERS: dict[str, Any] = {
-    f.name: EngineOutput.__dict__[f.name].__set__ for f in fields(EngineOutput)
-}
-_set_request_id = _SETTERS.pop("request_id")
-_set_tokens = _SETTERS.pop("new_token_ids")
-_set_logprobs = _SETTERS.pop("new_logprobs")
-_set_prompt_logprobs = _SETTERS.pop("new_prompt_logprobs")
-_set_num_cached = _SETTERS.pop("num_cached_tokens")
-_DEFAULTS = tuple((_SETTERS[f.name], f.default) for f in fields(EngineOutput) if f.name in _SETTERS)
-assert all(default is not MISSING for _, default in _DEFAULTS)
+_set: dict[str, Any] = {f.name: EngineOutput.__dict__[f.name].__set__ for f in fields(EngineOutput)}
+_set_request_id = _set.pop("request_id")
+_set_tokens = _set.pop("new_token_ids")
+_set_logprobs = _set.pop("new_logprobs")
+_set_prompt_logprobs = _set.pop("new_prompt_logprobs")
+_set_num_cached = _set.pop("num_cached_tokens")
+_set_finish_reason = _set.pop("finish_reason")
+_set_stop_reason = _set.pop("stop_reason")
+_set_error = _set.pop("error")
+_set_is_bad_request = _set.pop("is_bad_request")
+_set_times = _set.pop("times")
+assert not _set, f"of_running() leaves fields of EngineOutput unset: {list(_set)}"
 
 
 def of_running(
@@ -36,8 +38,11 @@ def of_running(
     _set_logprobs(output, logprobs)
     _set_prompt_logprobs(output, prompt_logprobs)
     _set_num_cached(output, request.num_cached_tokens)
-    for set_default, value in _DEFAULTS:
-        set_default(output, value)
+    _set_finish_reason(output, None)
+    _set_stop_reason(output, None)
+    _set_error(output, None)
+    _set_is_bad_request(output, False)
+    _set_times(output, None)
     return output
 
 

@@ -1,0 +1,538 @@
+"""Each rule of the scheduler by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.types import BlockCopy, FinishReason, ModelOutput
+from tests.scheduler.driver import Driver
+
+# ---- budget, order, chunks ------------------------------------------------------------------
+
+
+def test_one_request_from_prompt_to_end() -> None:
+    d = Driver()
+    d.add("a", 6, max_tokens=3)
+    first = d.step()
+    (new,) = first.new_requests
+    assert (new.num_computed_tokens, new.num_prompt_tokens, len(new.block_ids)) == (0, 6, 2)
+    assert new.token_ids == d.requests["a"].prompt_token_ids
+    assert first.num_scheduled_tokens == {"a": 6}
+    second = d.step()
+    assert (second.new_requests, second.num_scheduled_tokens) == ((), {"a": 1})
+    third = d.step()
+    assert third.num_scheduled_tokens == {"a": 1}
+    assert d.last("a").finish_reason is FinishReason.LENGTH
+    assert d.tokens["a"] == d.alone("a")
+    assert not d.scheduler.has_unfinished
+
+
+def test_budget_cuts_prompts_and_running_requests_come_first() -> None:
+    d = Driver(budget=8)
+    d.add("a", 6, max_tokens=9)
+    d.add("b", 12, max_tokens=9)
+    assert d.step().num_scheduled_tokens == {"a": 6, "b": 2}
+    assert d.step().num_scheduled_tokens == {"a": 1, "b": 7}
+    assert d.step().num_scheduled_tokens == {"a": 1, "b": 3}
+    assert d.step().num_scheduled_tokens == {"a": 1, "b": 1}
+
+
+def test_a_chunk_takes_blocks_for_its_own_tokens_only() -> None:
+    d = Driver(budget=5)
+    d.add("a", 12, max_tokens=2)
+    assert len(d.step().new_requests[0].block_ids) == 2
+    assert d.step().new_block_ids["a"] == (2,)
+    assert d.scheduler.stats(0.0).num_wasted_slots == 2
+
+
+def test_long_prompts_are_chunked_by_the_threshold() -> None:
+    d = Driver(long_prefill_token_threshold=5)
+    d.add("a", 12, max_tokens=2)
+    d.add("b", 3, max_tokens=9)
+    steps = [d.step().num_scheduled_tokens for _ in range(3)]
+    assert steps == [{"a": 5, "b": 3}, {"a": 5, "b": 1}, {"a": 2, "b": 1}]
+
+
+def test_max_num_seqs_bounds_the_batch() -> None:
+    d = Driver(max_num_seqs=2)
+    for name in "abc":
+        d.add(name, 3, max_tokens=2)
+    assert list(d.step().num_scheduled_tokens) == ["a", "b"]
+    d.step()
+    third = d.step()
+    assert list(third.num_scheduled_tokens) == ["c"]
+    assert set(third.finished_request_ids) == {"a", "b"}
+
+
+def test_priority_admits_the_lowest_number_then_the_earliest() -> None:
+    d = Driver(scheduling_policy="priority", max_num_seqs=1)
+    d.add("late", 3, priority=1, arrival_time=2.0, max_tokens=1)
+    d.add("early", 3, priority=1, arrival_time=1.0, max_tokens=1)
+    d.add("urgent", 3, priority=-5, arrival_time=9.0, max_tokens=1)
+    order = [next(iter(d.step().num_scheduled_tokens)) for _ in range(3)]
+    assert order == ["urgent", "early", "late"]
+
+
+def test_nobody_overtakes_a_request_that_waits_for_room() -> None:
+    d = Driver(num_blocks=8, caching=False)
+    d.add("a", 16, max_tokens=4)
+    d.add("big", 20, max_tokens=4)
+    d.add("small", 1, max_tokens=4)
+    for _ in range(4):
+        assert list(d.step().num_scheduled_tokens) == ["a"]
+    assert list(d.step().num_scheduled_tokens) == ["big", "small"]
+
+
+def test_room_is_asked_for_the_whole_prompt_beyond_what_chunks_will_take() -> None:
+    d = Driver(num_blocks=8, budget=8, caching=False)
+    d.add("a", 20, max_tokens=2)
+    d.add("b", 16, max_tokens=2)
+    d.run()
+    assert sum(stats.preemptions for stats in d.stats) == 0
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers() -> None:
+    d = Driver(max_model_len=16)
+    with pytest.raises(ValueError, match=r"17 tokens.* max_model_len is 16"):
+        d.add("a", 17)
+    with pytest.raises(ValueError, match=r"16 tokens.* max_model_len is 16"):
+        d.add("a", 16)
+    d.add("a", 16, max_tokens=0)
+
+
+def test_a_request_beyond_the_cache_is_refused_with_both_numbers() -> None:
+    d = Driver(num_blocks=3)
+    with pytest.raises(ValueError, match=r"13 tokens.* max_tokens=1 .*takes 13 .*holds 12"):
+        d.add("a", 13, max_tokens=1)
+    with pytest.raises(ValueError, match=r"max_tokens=4 takes 13 .*holds 12"):
+        d.add("a", 10, max_tokens=4)
+    d.add("a", 10, max_tokens=3)
+    d.run()
+    assert d.tokens["a"] == d.alone("a")
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 token"):
+        Driver().add("a", 0)
+
+
+def test_an_id_is_free_again_once_its_request_ended() -> None:
+    d = Driver()
+    d.add("a", 3, max_tokens=2)
+    with pytest.raises(ValueError, match="'a' is in use"):
+        d.add("a", 3)
+    d.schedule()
+    d.schedule()
+    d.take(d.scheduler.abort(["a"]))
+    d.add("a", 5, max_tokens=2, seed=7)
+    d.schedule()
+    assert d.update() == d.update() == []  # the first a's
+    d.update()
+    d.run()
+    assert d.tokens["a"] == d.alone("a")
+
+
+# ---- stopping -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "num_tokens", "stop_reason"),
+    [
+        ({"eos_token_ids": (50,)}, 3, None),
+        ({"stop_token_ids": (50,)}, 3, 50),
+        ({"eos_token_ids": (50,), "stop_token_ids": (50,)}, 3, None),
+        ({"eos_token_ids": (50,), "stop_token_ids": (50,), "ignore_eos": True}, 3, 50),
+        ({"eos_token_ids": (50,), "min_tokens": 2}, 3, None),
+        ({"eos_token_ids": (50,), "min_tokens": 3}, 5, None),
+    ],
+)
+@pytest.mark.parametrize("max_inflight", [1, 2])
+def test_stop_tokens(
+    params: dict[str, object], num_tokens: int, stop_reason: int | None, max_inflight: int
+) -> None:
+    script = [7, 8, 50, 9, 50, 10, 11, 12]
+    d = Driver(max_inflight=max_inflight, executor={"scripts": {"a": script}})
+    d.add("a", 5, max_tokens=8, **params)
+    d.run()
+    assert d.tokens["a"] == script[:num_tokens]
+    assert d.last("a").finish_reason is FinishReason.STOP
+    assert d.last("a").stop_reason == stop_reason
+
+
+def test_ignore_eos_goes_on_to_max_tokens() -> None:
+    d = Driver(executor={"scripts": {"a": [50] * 4}})
+    d.add("a", 5, max_tokens=4, eos_token_ids=(50,), ignore_eos=True)
+    d.run()
+    assert d.tokens["a"] == [50] * 4
+    assert d.last("a").finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("max_inflight", [1, 2, 3])
+def test_max_model_len_ends_a_request(max_inflight: int) -> None:
+    d = Driver(max_model_len=16, max_inflight=max_inflight)
+    d.add("a", 10, max_tokens=100)
+    d.run()
+    assert len(d.tokens["a"]) == 6
+    assert d.last("a").finish_reason is FinishReason.LENGTH
+    # The last token is never computed, and nothing is scheduled past it.
+    assert sum(stats.num_scheduled_tokens for stats in d.stats) == 15
+
+
+@pytest.mark.parametrize("max_inflight", [1, 2])
+def test_no_tokens_wanted(max_inflight: int) -> None:
+    d = Driver(budget=4, max_inflight=max_inflight)
+    d.add("a", 10, max_tokens=0, prompt_logprobs=0)
+    d.run()
+    assert d.tokens["a"] == []
+    assert d.last("a").finish_reason is FinishReason.LENGTH
+    positions = [item.token_id for out in d.outputs["a"] for item in out.new_prompt_logprobs]
+    assert positions == list(d.requests["a"].prompt_token_ids[1:])
+
+
+# ---- overlap ------------------------------------------------------------------------------------
+
+
+def test_the_next_step_is_scheduled_before_the_token_is_known() -> None:
+    d = Driver()
+    d.add("a", 5, max_tokens=3)
+    assert [d.schedule().num_scheduled_tokens for _ in range(3)] == [{"a": 5}, {"a": 1}, {"a": 1}]
+    assert d.schedule().num_scheduled_tokens == {}
+    for _ in range(3):
+        d.update()
+    assert d.tokens["a"] == d.alone("a")
+
+
+def test_a_stop_found_a_step_late_is_trimmed() -> None:
+    d = Driver(executor={"scripts": {"a": [1, 50, 2]}})
+    d.add("a", 5, max_tokens=9, stop_token_ids=(50,))
+    for _ in range(3):
+        d.schedule()
+    d.update()
+    d.update()
+    assert d.kv.num_available == 32
+    assert d.update() == []
+    assert d.tokens["a"] == [1, 50]
+
+
+def test_abort_in_flight_drops_what_comes_late_and_frees_at_once() -> None:
+    d = Driver()
+    d.add("a", 5, max_tokens=9)
+    d.add("b", 5, max_tokens=9)
+    d.schedule()
+    (ended,) = d.take(d.scheduler.abort(["a", "nobody"], now=101.0))
+    assert ended.finish_reason is FinishReason.ABORT
+    assert ended.times is not None and ended.times.finished == 101.0
+    assert d.kv.num_available == 30
+    second = d.schedule()
+    assert second.finished_request_ids == ("a",)
+    assert list(second.num_scheduled_tokens) == ["b"]
+    assert [out.request_id for out in d.update()] == ["b"]
+
+
+def test_ids_of_the_ended_go_with_the_next_step_that_computes() -> None:
+    d = Driver()
+    d.add("a", 5, max_tokens=1)
+    d.step()
+    assert d.schedule().finished_request_ids == ()
+    d.add("b", 5, max_tokens=1)
+    assert d.step().finished_request_ids == ("a",)
+
+
+# ---- preemption ---------------------------------------------------------------------------------
+
+
+def test_the_victim_loses_least_and_comes_back_first() -> None:
+    d = Driver(num_blocks=6, caching=False, max_model_len=24)
+    d.add("old", 8, max_tokens=12)
+    d.add("short", 3, max_tokens=9)
+    d.add("long", 7, max_tokens=9)
+    d.add("waiting", 3, max_tokens=2)
+    d.step()
+    second = d.step()  # old's third block is there, then short and long fill theirs
+    assert list(second.num_scheduled_tokens) == ["old", "short", "long"]
+    third = d.step()
+    assert third.finished_request_ids == ("short",)
+    assert list(third.num_scheduled_tokens) == ["old", "long"]
+    d.run()
+    back = {name: d.last(name).times for name in d.requests}
+    assert back["short"] is not None and back["short"].num_preemptions >= 1
+    assert back["old"] is not None and back["old"].num_preemptions == 0
+    assert all(d.tokens[name] == d.alone(name) for name in d.requests)
+
+
+def test_a_victim_already_in_the_step_is_taken_out_of_it() -> None:
+    d = Driver(num_blocks=4, caching=False, max_model_len=16)
+    d.add("old", 6, max_tokens=9)
+    d.add("small", 1, max_tokens=9)
+    d.add("grows", 4, max_tokens=9)
+    d.step()
+    step = d.step()
+    assert step.finished_request_ids == ("small",)
+    assert list(step.num_scheduled_tokens) == ["old", "grows"]
+    d.run()
+    assert all(d.tokens[name] == d.alone(name) for name in d.requests)
+
+
+def test_under_priority_the_worst_is_the_victim() -> None:
+    d = Driver(num_blocks=4, caching=False, max_model_len=16, scheduling_policy="priority")
+    d.add("worst", 7, priority=2, max_tokens=6)
+    d.add("best", 7, priority=0, max_tokens=6)
+    d.step()
+    d.step()
+    third = d.step()
+    assert third.finished_request_ids == ("worst",)
+    assert list(third.num_scheduled_tokens) == ["best"]
+
+
+def test_a_victim_gets_its_token_in_flight_and_resumes_with_it() -> None:
+    d = Driver(num_blocks=4, caching=False, max_model_len=16)
+    d.add("old", 7, max_tokens=8)
+    d.add("new", 7, max_tokens=8)
+    d.schedule()
+    d.schedule()
+    third = d.schedule()
+    assert third.finished_request_ids == ("new",)
+    for _ in range(3):
+        d.update()
+    assert d.tokens["new"] == d.alone("new")[:2]
+    while "new" not in (step := d.step()).num_scheduled_tokens:
+        pass
+    (resumed,) = step.new_requests
+    assert resumed.token_ids == d.requests["new"].prompt_token_ids + tuple(d.alone("new")[:2])
+    assert resumed.num_prompt_tokens == 7
+    d.run()
+    assert d.tokens["new"] == d.alone("new")
+
+
+def test_a_token_in_flight_may_end_a_preempted_request() -> None:
+    d = Driver(
+        num_blocks=4, caching=False, max_model_len=16, executor={"scripts": {"new": [1, 50]}}
+    )
+    d.add("old", 7, max_tokens=8)
+    d.add("new", 7, max_tokens=8, stop_token_ids=(50,))
+    for _ in range(3):
+        d.schedule()
+    for _ in range(3):
+        d.update()
+    assert d.last("new").finish_reason is FinishReason.STOP
+    d.run()
+    assert d.tokens["new"] == [1, 50]
+
+
+# ---- prefix cache -------------------------------------------------------------------------------
+
+
+def test_a_second_prompt_finds_the_first_ones_blocks() -> None:
+    d = Driver()
+    prompt = list(range(12))
+    d.add("a", prompt, max_tokens=2)
+    d.run()
+    d.add("b", [*prompt, 77], max_tokens=2)
+    (new,) = d.step().new_requests
+    assert new.num_computed_tokens == 12
+    assert d.last("b").num_cached_tokens == 12
+    stats = d.scheduler.stats(0.0)
+    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (13, 12)
+
+
+def test_a_hit_in_the_same_step() -> None:
+    d = Driver()
+    prompt = list(range(12))
+    d.add("a", prompt, max_tokens=2)
+    d.add("b", prompt, max_tokens=2)
+    assert d.step().num_scheduled_tokens == {"a": 12, "b": 4}
+    d.run()
+    assert d.tokens["b"] == d.alone("b")
+
+
+def test_generated_tokens_are_found_by_the_next_turn() -> None:
+    d = Driver()
+    d.add("a", 6, max_tokens=7)
+    d.run()
+    turn = [*d.requests["a"].prompt_token_ids, *d.tokens["a"], 5]
+    d.add("b", turn, max_tokens=1)
+    assert d.step().new_requests[0].num_computed_tokens == 12
+
+
+def test_prompt_logprobs_read_no_cache_and_feed_it() -> None:
+    d = Driver()
+    prompt = list(range(12))
+    d.add("a", prompt, max_tokens=1)
+    d.run()
+    d.add("b", prompt, max_tokens=1, prompt_logprobs=1)
+    assert d.step().num_scheduled_tokens == {"b": 12}
+    assert d.scheduler.stats(0.0).prefix_cache_queries == 0
+    assert [lp.token_id for lp in d.last("b").new_prompt_logprobs] == prompt[1:]
+
+
+def test_prompt_logprobs_are_delivered_once_despite_preemption() -> None:
+    d = Driver(num_blocks=7, budget=6, max_model_len=24)
+    d.add("old", 4, max_tokens=12)
+    d.add("new", 20, max_tokens=2, prompt_logprobs=0)
+    d.step()
+    d.step()
+    d.scheduler._live.preempt(d.scheduler._live.running["new"])
+    assert 0 < sum(len(out.new_prompt_logprobs) for out in d.outputs["new"]) < 19
+    d.run()
+    positions = [lp.token_id for out in d.outputs["new"] for lp in out.new_prompt_logprobs]
+    assert positions == list(d.requests["new"].prompt_token_ids[1:])
+    assert d.tokens["new"] == d.alone("new")
+
+
+def test_resetting_the_cache_spares_running_requests() -> None:
+    d = Driver()
+    prompt = list(range(12))
+    d.add("a", prompt, max_tokens=4)
+    d.step()
+    d.scheduler.reset_prefix_cache()
+    d.add("b", prompt, max_tokens=1)
+    assert d.step().num_scheduled_tokens == {"a": 1, "b": 12}
+    d.run()
+    assert d.tokens["a"] == d.alone("a")
+
+
+# ---- forks --------------------------------------------------------------------------------------
+
+
+def test_a_fork_waits_for_the_prompt_then_shares_it() -> None:
+    d = Driver(budget=8)
+    prompt = list(range(10))
+    d.add("a", prompt, max_tokens=4)
+    d.add("b", prompt, fork_of="a", max_tokens=4)
+    d.add("c", 2, max_tokens=1)
+    assert d.step().num_scheduled_tokens == {"a": 8}
+    assert d.step().num_scheduled_tokens == {"a": 2, "c": 2}  # b stops nobody
+    third = d.step()
+    assert third.num_scheduled_tokens == {"a": 1, "b": 1}
+    (new,) = third.new_requests
+    assert new.num_computed_tokens == 9
+    assert new.block_ids[:2] == (0, 1)
+    assert third.block_copies == (BlockCopy(src=2, dst=new.block_ids[2]),)
+    assert d.last("b").num_cached_tokens == 9
+    d.run()
+    assert all(d.tokens[name] == d.alone(name) for name in "abc")
+    assert len({tuple(d.tokens[name]) for name in "ab"}) == 2
+
+
+def test_a_fork_of_a_dead_or_unknown_parent_is_an_ordinary_request() -> None:
+    d = Driver(caching=False)
+    prompt = list(range(10))
+    d.add("a", prompt, max_tokens=4)
+    d.add("b", prompt, fork_of="a", max_tokens=4)
+    d.add("c", prompt, fork_of="nobody", max_tokens=4)
+    d.take(d.scheduler.abort(["a"]))
+    assert d.step().num_scheduled_tokens == {"b": 10, "c": 10}
+
+
+def test_a_fork_with_prompt_logprobs_computes_its_prompt() -> None:
+    d = Driver()
+    prompt = list(range(10))
+    d.add("a", prompt, max_tokens=4)
+    d.add("b", prompt, fork_of="a", max_tokens=4, prompt_logprobs=0)
+    assert d.step().num_scheduled_tokens == {"a": 10, "b": 10}
+
+
+def test_a_fork_must_have_its_parents_prompt_and_salt() -> None:
+    d = Driver()
+    d.add("a", [1, 2, 3])
+    with pytest.raises(ValueError, match="same prompt and cache_salt"):
+        d.add("b", [1, 2, 4], fork_of="a")
+    with pytest.raises(ValueError, match="same prompt and cache_salt"):
+        d.add("b", [1, 2, 3], fork_of="a", cache_salt="s")
+
+
+# ---- failures -----------------------------------------------------------------------------------
+
+
+def test_a_failed_request_fails_alone_and_leaves_nothing_to_find() -> None:
+    d = Driver(executor={"fail_requests": {"a": "non-finite logits"}})
+    prompt = list(range(12))
+    d.add("a", prompt, max_tokens=4)
+    d.add("b", prompt, max_tokens=4)  # hits a's blocks in the very step in which a fails
+    d.add("c", 6, max_tokens=4)
+    d.schedule()
+    d.schedule()
+    d.update()
+    assert d.last("a").finish_reason is FinishReason.ERROR
+    assert d.last("a").error == "non-finite logits"
+    assert d.tokens["b"] == []
+    d.update()
+    d.run()
+    for name in "bc":
+        assert d.tokens[name] == d.alone(name)
+    assert d.last("b").times is not None
+
+
+def test_an_aborted_request_that_fails_taints_its_dependents_too() -> None:
+    d = Driver(executor={"fail_requests": {"a": "bad"}})
+    prompt = list(range(12))
+    d.add("a", prompt, max_tokens=4)
+    d.add("b", prompt, max_tokens=4)
+    d.schedule()
+    d.take(d.scheduler.abort(["a"]))
+    d.update()
+    d.run()
+    assert d.tokens["b"] == d.alone("b")
+
+
+def test_forks_of_a_failed_parent_start_anew() -> None:
+    d = Driver(executor={"fail_requests": {}})
+    prompt = [1, 2]
+    d.add("a", prompt, max_tokens=4)
+    d.add("b", prompt, fork_of="a", max_tokens=4)
+    d.schedule()
+    assert d.schedule().block_copies
+    d.executor.fail_requests = {"a": "bad"}
+    d.update()
+    d.update()
+    d.run()
+    assert d.tokens["b"] == d.alone("b")
+
+
+def test_results_must_be_those_of_the_oldest_step() -> None:
+    d = Driver()
+    d.add("a", 3)
+    d.schedule()
+    with pytest.raises(AssertionError, match="results of step 5"):
+        d.scheduler.update(ModelOutput(step=5), 0.0)
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def test_stats_add_up() -> None:
+    d = Driver(num_blocks=8, budget=8)
+    d.add("a", 10, max_tokens=3)
+    d.step()
+    stats = d.scheduler.stats(5.0, host_seconds=0.25)
+    assert (stats.num_running, stats.num_waiting, stats.num_scheduled_tokens) == (1, 0, 8)
+    assert (stats.prompt_tokens, stats.generation_tokens) == (8, 0)
+    assert (stats.num_blocks, stats.num_owned_blocks, stats.num_free_blocks) == (8, 2, 6)
+    assert (stats.time, stats.host_seconds) == (5.0, 0.25)
+    d.step()
+    stats = d.scheduler.stats(6.0)
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.num_wasted_slots) == (2, 1, 2)
+    d.step()
+    d.step()
+    stats = d.scheduler.stats(7.0)
+    assert (stats.num_running, stats.generation_tokens) == (0, 2)
+    assert (stats.num_owned_blocks, stats.num_cached_blocks, stats.num_free_blocks) == (0, 3, 5)
+
+
+def test_times_of_a_request() -> None:
+    d = Driver()
+    d.add("a", 3, arrival_time=99.0, max_tokens=2)
+    d.clock.advance(1.0)
+    d.schedule()
+    d.clock.advance(1.0)
+    d.update()
+    d.schedule()
+    d.clock.advance(1.0)
+    d.update()
+    times = d.last("a").times
+    assert times is not None
+    assert (times.arrival, times.queued, times.scheduled) == (99.0, 100.0, 101.0)
+    assert (times.first_token, times.last_token, times.finished) == (102.0, 103.0, 103.0)

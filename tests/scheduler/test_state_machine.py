@@ -1,0 +1,133 @@
+"""Whatever happens, in whatever order: nobody loses a token, no block is lost."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from octavo.types import FinishReason
+from tests.scheduler.driver import Driver
+
+PROMPTS = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20)
+CONFIG = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([1, 2, 4]),
+        "budget": st.sampled_from([1, 3, 8, 64]),
+        "caching": st.sampled_from([True, True, False]),
+        "max_inflight": st.sampled_from([1, 2, 2, 3]),
+        "max_num_seqs": st.sampled_from([1, 3, 6]),
+        "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
+        "long_prefill_token_threshold": st.sampled_from([0, 0, 3]),
+    }
+)
+# A few seeds, so that requests also share what they generate; tokens 0-30 of 97 stop half of them.
+PARAMS = st.fixed_dictionaries(
+    {
+        "max_tokens": st.sampled_from([0, 1, 2, 7, 12]),
+        "min_tokens": st.sampled_from([0, 0, 3]),
+        "seed": st.integers(0, 4),
+        "stop_token_ids": st.sampled_from([(), tuple(range(8))]),
+        "eos_token_ids": st.sampled_from([(), tuple(range(20, 31))]),
+        "ignore_eos": st.booleans(),
+        "prompt_logprobs": st.sampled_from([None, None, None, 1]),
+        "logprobs": st.sampled_from([None, 0]),
+    }
+)
+
+
+class Life(RuleBasedStateMachine):
+    """Arrivals, forks, aborts and failures between steps, on a cache that is always too small.
+
+    The driver checks the K/V invariants in every step, and the fake executor that whoever attends
+    finds its own tokens in its blocks.
+    """
+
+    @initialize(config=CONFIG, num_spare_blocks=st.integers(0, 6))
+    def start(self, config: dict[str, object], num_spare_blocks: int) -> None:
+        max_model_len = 24
+        num_blocks = max_model_len // int(str(config["block_size"])) + num_spare_blocks
+        self.failing: dict[str, str] = {}
+        self.d = Driver(
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            executor={"fail_requests": self.failing},
+            **config,
+        )
+
+    def submit(self, **request: object) -> str:
+        request_id = f"r{len(self.d.requests)}"
+        self.d.add(request_id, **request)  # type: ignore[arg-type]
+        return request_id
+
+    @rule(
+        prompt=PROMPTS,
+        params=PARAMS,
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "s"]),
+        num_forks=st.sampled_from([0, 0, 0, 1, 3]),
+        fails=st.sampled_from([False] * 7 + [True]),
+    )
+    def arrive(
+        self,
+        prompt: list[int],
+        params: dict[str, object],
+        priority: int,
+        salt: str | None,
+        num_forks: int,
+        fails: bool,
+    ) -> None:
+        request: dict[str, object] = {"prompt": prompt, "priority": priority, "cache_salt": salt}
+        first = self.submit(**request, **params)
+        if fails:
+            self.failing[first] = "told to fail"
+        for i in range(num_forks):
+            self.submit(**request, **{**params, "seed": 10 + i}, fork_of=first)
+
+    @rule()
+    def step(self) -> None:
+        self.d.take(self.d.core.step().outputs)
+
+    @rule(count=st.integers(2, 8))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    @precondition(lambda self: bool(self.d.requests))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.d.core.abort([data.draw(st.sampled_from(sorted(self.d.requests)))])
+
+    @rule()
+    def reset_cache(self) -> None:
+        self.d.core.reset_prefix_cache()
+
+    @invariant()
+    def blocks_are_in_order(self) -> None:
+        if hasattr(self, "d"):
+            self.d.scheduler.check_invariants()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "d"):
+            return
+        self.d.run()
+        for request_id, request in self.d.requests.items():
+            last, alone = self.d.last(request_id), self.d.alone(request_id)
+            if last.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert self.d.tokens[request_id] == alone
+            else:
+                is_failure = last.finish_reason is FinishReason.ERROR
+                assert not is_failure or request_id in self.failing
+                assert self.d.tokens[request_id] == alone[: len(self.d.tokens[request_id])]
+                continue
+            outputs = self.d.outputs[request_id]
+            got = [item.token_id for out in outputs for item in out.new_prompt_logprobs]
+            wants = request.params.prompt_logprobs is not None
+            assert got == (list(request.prompt_token_ids[1:]) if wants else [])
+            if request.params.logprobs is not None:
+                named = [item.token_id for out in outputs for item in out.new_logprobs]
+                assert named == alone
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
