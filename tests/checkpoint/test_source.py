@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -94,6 +94,16 @@ def test_broken_config(tmp_path: Path) -> None:
 def test_missing_path(name: str) -> None:
     with pytest.raises(ValueError, match="not found: it is no local folder, no .gguf file and no"):
         resolve(ModelConfig(model=name))
+
+
+def test_unreadable_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: .*File name too long"):
+        resolve(ModelConfig(model="m" * 5000))
+    path = folder(tmp_path / "m", "model.safetensors")
+    (path / "config.json").unlink()
+    (path / "config.json").mkdir()
+    with pytest.raises(ValueError, match="neither config.json nor"):
+        resolve(ModelConfig(model=str(path)))
 
 
 def test_a_weights_file_is_not_a_model(tmp_path: Path) -> None:
@@ -187,6 +197,32 @@ def test_hub_id_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="org/model is not in the local cache and the Hugging"):
         resolve(ModelConfig(model="org/model", download_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.GatedRepoError, "org/model at revision v2 is gated: accept its terms"),
+        (errors.RevisionNotFoundError, "org/model at revision v2 does not exist"),
+        (errors.RepositoryNotFoundError, "is not on the Hugging Face hub, or is private"),
+        (errors.LocalEntryNotFoundError, "is not in the local cache and the Hugging Face hub"),
+        (ConnectionError, "hub cannot be reached .ConnectionError.; offline, name a local"),
+    ],
+)
+def test_hub_errors_are_told_apart(
+    error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(repo_id: str, **_: Any) -> str:
+        raise error.__new__(error, repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=message):
+        resolve(ModelConfig(model="org/model", revision="v2"))
+
+
+def test_hub_id_as_gguf() -> None:
+    with pytest.raises(ValueError, match="takes a local .gguf file or a folder with one, got the"):
+        resolve(ModelConfig(model="org/model", load_format="gguf"))
 
 
 def test_hub_id_downloads_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

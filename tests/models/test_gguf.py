@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,21 +168,25 @@ def test_every_architecture(
     assert_same_logits(theirs, logits)
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize(("kind", "magnitude"), [("linear", 1.0), ("yarn", 1.0), ("yarn", 0.8)])
 def test_rope_scaling_from_metadata(
     kind: str,
+    magnitude: float,
     tmp_path: Path,
     reference: Callable[..., Any],
     load: Callable[..., Model],
     chunked: Callable[..., list[torch.Tensor]],
 ) -> None:
-    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
-    keys = {
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    keys: dict[str, Any] = {
         "rope.scaling.type": (kind, gguf.GGUFValueType.STRING),
         "rope.scaling.factor": (2.0, gguf.GGUFValueType.FLOAT32),
     }
     if kind == "yarn":
         rope["original_max_position_embeddings"] = 48
+        if magnitude != 1.0:
+            rope["attention_factor"] = magnitude * (0.1 * math.log(2.0) + 1.0)
+            keys["rope.scaling.attn_factor"] = (magnitude, gguf.GGUFValueType.FLOAT32)
         keys["rope.scaling.original_context_length"] = (48, gguf.GGUFValueType.UINT32)
     theirs = reference(LlamaConfig(**SHAPE, rope_parameters=rope))
     export(theirs, tmp_path / "m.gguf", arch="llama", kind=Q.F32, extra=keys)

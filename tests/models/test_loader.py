@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from octavo.checkpoint import resolve
 from octavo.checkpoint.hf_config import ARCHITECTURES
 from octavo.config import ModelConfig
-from octavo.models import Model, load_model, weight_dtype
+from octavo.models import Model, load_model, loader, weight_dtype, weights
 from octavo.models.registry import MODELS
 
 SHAPE: dict[str, Any] = {
@@ -107,6 +107,32 @@ def test_corrupt_safetensors_header(folder: Path, load: Callable[..., Model]) ->
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.safetensors is corrupt"):
         load(folder)
+
+
+def test_tensors_are_read_in_bounded_pieces(
+    folder: Path,
+    load: Callable[..., Model],
+    chunked: Callable[..., list[torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What loading needs above the model is a piece, not a tensor; the pieces change no bit."""
+    (whole,) = chunked(load(folder), [[5, 6, 7]], chunks=(3,), dtype=torch.float32)
+    sizes: list[int] = []
+    original = weights.CheckpointTensor.__init__
+
+    def spying(self: weights.CheckpointTensor, **fields: Any) -> None:
+        def read(start: int, stop: int) -> torch.Tensor:
+            rows: torch.Tensor = fields["read"](start, stop)
+            sizes.append(rows.numel())
+            return rows
+
+        original(self, **{**fields, "read": read})
+
+    monkeypatch.setattr(weights.CheckpointTensor, "__init__", spying)
+    monkeypatch.setattr(loader, "_CHUNK", 700)
+    (pieces,) = chunked(load(folder), [[5, 6, 7]], chunks=(3,), dtype=torch.float32)
+    assert len(sizes) > 50 and max(sizes) <= 700
+    assert torch.equal(whole, pieces)
 
 
 def test_cuda_is_refused_clearly(folder: Path) -> None:

@@ -61,6 +61,9 @@ def cached_folder(name: str, *, build: Callable[[Path], None]) -> Path:
     with locked(target):
         if target.is_dir():
             return target
+        for leftover in target.parent.glob(f".{target.name}-*"):
+            # We hold the lock, so whoever made it is dead.
+            shutil.rmtree(leftover, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             build(work)

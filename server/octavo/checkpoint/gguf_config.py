@@ -5,6 +5,7 @@ Knows llama.cpp's metadata keys and which tensors are there; reads no tensor.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -135,6 +136,10 @@ def _rope_scaling(get: Any, *, context: int) -> dict[str, Any] | None:
             value = get(f"rope.scaling.{key}")
             if value:
                 scaling[ours] = value
+        magnitude = get("rope.scaling.attn_factor")
+        if magnitude:
+            # llama.cpp multiplies yarn's usual factor by this; config.json replaces it.
+            scaling["attention_factor"] = magnitude * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     return scaling
 
 

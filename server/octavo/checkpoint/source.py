@@ -51,28 +51,36 @@ class ModelFiles:
 def resolve(config: ModelConfig) -> ModelFiles:
     """Files of the model that ``config`` names, downloaded where they must be.
 
-    Raises `ValueError` saying what was looked for and not found.
+    Raises `ValueError` saying what was looked for and not found, or cannot be read.
     """
     name = config.model or DEFAULT_MODEL_NAME
     path = Path(config.model).expanduser() if config.model else default_model_path()
-    if path.is_file():
-        files = _from_file(path, name=name, config=config)
-    elif path.is_dir():
-        files = _from_folder(path, name=name, config=config)
-    elif is_hub_id(name):
-        folder = download(
-            name,
-            revision=config.revision,
-            download_dir=config.download_dir,
-            with_weights=config.load_format != "dummy",
-        )
-        files = _from_folder(folder, name=name, config=config)
-    else:
+    try:
+        if path.is_file():
+            return _from_file(path, name=name, config=config)
+        if path.is_dir():
+            return _from_folder(path, name=name, config=config)
+        if is_hub_id(name):
+            return _from_folder(_from_hub(name, config=config), name=name, config=config)
+    except OSError as error:
+        raise ValueError(f"model {name!r} cannot be read: {error}") from error
+    raise ValueError(
+        f"model {name!r} not found: it is no local folder, no .gguf file and no "
+        "Hugging Face id (org/name)"
+    )
+
+
+def _from_hub(name: str, *, config: ModelConfig) -> Path:
+    if config.load_format == "gguf":
         raise ValueError(
-            f"model {name!r} not found: it is no local folder, no .gguf file and no "
-            "Hugging Face id (org/name)"
+            f"load_format gguf takes a local .gguf file or a folder with one, got the hub id {name}"
         )
-    return files
+    return download(
+        name,
+        revision=config.revision,
+        download_dir=config.download_dir,
+        with_weights=config.load_format != "dummy",
+    )
 
 
 def _from_file(path: Path, *, name: str, config: ModelConfig) -> ModelFiles:

@@ -58,10 +58,14 @@ def load_model(
     )
     if files.format == "dummy":
         fill_randomly(model.slots(), seed=seed)
-    elif files.format == "gguf":
-        _fill(model, gguf_tensors(files.weights, config=files.config))
-    else:
-        _fill(model, safetensors_tensors(files.weights))
+        return model
+    try:
+        if files.format == "gguf":
+            _fill(model, gguf_tensors(files.weights, config=files.config))
+        else:
+            _fill(model, safetensors_tensors(files.weights))
+    except OSError as error:
+        raise ValueError(f"the weights of {files.name} cannot be read: {error}") from error
     return model
 
 
