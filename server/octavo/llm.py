@@ -185,6 +185,10 @@ class LLM:
         finally:
             self._abort(running)
 
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed so far serves prefix hits any more."""
+        self._core.reset_prefix_cache()
+
     def render_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation under the model's chat template. Raises ValueError."""
         if self._template is None:

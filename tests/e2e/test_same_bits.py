@@ -62,7 +62,7 @@ def in_a_crowd(llm: LLM, prompt: str, crowd: list[str]) -> Bits:
 
 
 def preempted(llm: LLM, prompt: str, crowd: list[str]) -> Bits:
-    """Too few blocks for all: someone is preempted and resumed, the subject among them."""
+    """Too few blocks for all: requests are preempted and resumed."""
     before = llm.num_preemptions
     answers = llm.generate(
         [*[prompt] * len(PARAMS), *crowd[:6]],
@@ -96,17 +96,22 @@ def test_same_request_same_bits(subject: str, real_prompts: list[str]) -> None:
         }
         return answers
 
-    small = {"max_num_batched_tokens": 64}
+    def cold(run: Callable[[], Bits]) -> Bits:
+        warm.reset_prefix_cache()
+        return run()
+
+    small = engine(max_num_batched_tokens=64, enable_prefix_caching=False)
+    scarce = {"max_model_len": 512, "num_gpu_blocks_override": 36}
     rows: dict[str, Callable[[], Bits]] = {
-        "alone again": lambda: alone(engine(), subject),
+        "alone, cold": lambda: cold(lambda: alone(warm, subject)),
         "warm prefix cache": warmed,
         "n = 3, copy on write": forked,
-        "among 32 others": lambda: in_a_crowd(engine(), subject, crowd),
         "among 32 others, warm": lambda: in_a_crowd(warm, subject, crowd),
-        "chunks of 64 tokens": lambda: alone(engine(**small), subject),
+        "among 32 others, cold": lambda: cold(lambda: in_a_crowd(warm, subject, crowd)),
+        "chunks of 64 tokens": lambda: alone(small, subject),
+        "chunks, among 32 others": lambda: in_a_crowd(small, subject, crowd),
         "chunks of 7 tokens": lambda: alone(engine(long_prefill_token_threshold=7), subject),
-        "chunks, among 32 others": lambda: in_a_crowd(engine(**small), subject, crowd),
-        "preempted, resumed": lambda: preempted(engine(num_gpu_blocks_override=80), subject, crowd),
+        "preempted, resumed": lambda: preempted(engine(**scarce), subject, crowd),
         "one thread": lambda: alone(engine(num_threads=1), subject),
         "blocks of 32 tokens": lambda: alone(
             engine(block_size=32, num_gpu_blocks_override=BLOCKS // 2), subject
