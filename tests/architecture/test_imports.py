@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 # These assemble the house and may import any room.
-ASSEMBLERS = {"cli", "llm", "bench", "flags", "compat", "__init__"}
+ASSEMBLERS = {"__main__", "cli", "llm", "bench", "flags", "compat", "__init__"}
 # These join both wings: the engine process, and what it shares with the offline engine.
 JOINTS = {"engine/process.py", "engine/build.py"}
 

@@ -58,7 +58,7 @@ def free_port() -> int:
 
 def start_server(log: Path, *flags: str) -> Server:
     port = free_port()
-    command = [sys.executable, "-m", "octavo.cli", "serve", "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "octavo", "serve", "--host", "127.0.0.1"]
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("server", "kernels"))
     began = time.monotonic()
     with log.open("wb") as out:
