@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ class Tokenizer:
         self._backend = backend
         self.folder = folder
         self.config = config or {}
-        self._kind = _decoder_kind(json.loads(backend.to_str()).get("decoder"))
+        decoder = backend.decoder  # its state is its part of tokenizer.json
+        self._kind = _decoder_kind(decoder and json.loads(decoder.__getstate__()))
         self._byte_of = _byte_alphabet()
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         named = {name: _content(self.config.get(name)) for name in _NAMED_TOKENS}
         self.named_tokens = {name: token for name, token in named.items() if token is not None}
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -101,6 +102,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, config=config, folder=folder)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The highest token id and one; the model's own vocabulary may be larger."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     # ---- text -> ids -----------------------------------------------------------------------
 
