@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
@@ -38,6 +38,13 @@ _SUFFIXES = {
     "GB": 1000**3,
     "TB": 1000**4,
 }
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong; the usage of a server is a screenful."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(see {self.prog} --help)\n")
 
 
 def parse_int(text: str) -> int:

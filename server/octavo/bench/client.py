@@ -100,9 +100,7 @@ class Result:
 def open_session(target: Target, *, timeout: float = 6 * 3600) -> aiohttp.ClientSession:
     """A session with as many connections as are asked for, each kept for reuse."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=60, ssl=target.verify_tls
-        ),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=target.verify_tls),
         timeout=aiohttp.ClientTimeout(total=timeout),
         headers=dict(target.headers),
         trust_env=True,

@@ -6,7 +6,6 @@ be quick, and ``octavo serve`` starts its engine process before it imports anyth
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -14,17 +13,17 @@ from collections.abc import Sequence
 from octavo import __version__
 from octavo.cli import bench, chat, generate, serve
 from octavo.compat import unknown_flag_message
-from octavo.flags import known_flags
+from octavo.flags import FlagParser, known_flags
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def build_parser() -> tuple[FlagParser, dict[str, FlagParser]]:
     """The whole command line, and the parser of each command by its name (``bench serve``)."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="octavo", description="A high-throughput LLM inference server.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    parsers: dict[str, argparse.ArgumentParser] = {}
+    parsers: dict[str, FlagParser] = {}
     for module in (serve, generate, chat):
         name = module.__name__.rpartition(".")[2]
         parsers[name] = commands.add_parser(

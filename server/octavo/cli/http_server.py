@@ -97,11 +97,10 @@ async def _serve(
 ) -> int:
     signals = _Signals()
     engine = AsyncEngine(process)
+    loading = asyncio.create_task(asyncio.to_thread(_load_text, config))
+    starting = asyncio.create_task(engine.start())
     try:
-        loading = asyncio.create_task(asyncio.to_thread(_load_text, config))
-        starting = asyncio.create_task(engine.start())
         if not await _finished(starting, before=signals.first):
-            loading.cancel()
             return 0
         files, tokenizer = await loading
         info = starting.result()
@@ -126,6 +125,8 @@ async def _serve(
         await serving
         return 1 if dying.done() else 0
     finally:
+        loading.cancel()
+        await asyncio.gather(loading, starting, return_exceptions=True)
         await engine.close()
 
 
@@ -183,7 +184,8 @@ def _make_app(
     lifecycle: Lifecycle,
 ) -> Any:
     """The ASGI application, with metrics and the throughput line hearing the engine."""
-    name = server.served_model_name[0] if server.served_model_name else engine.info.model
+    names = (*server.served_model_name, config.model.model, engine.info.model)
+    name = next(name for name in names if name)
     metrics = Metrics(engine.info, model_name=name, cache_config=dataclasses.asdict(config.cache))
     engine.subscribe(metrics)
     if not server.disable_log_stats:
@@ -196,7 +198,7 @@ def _make_app(
         scheduler=config.scheduler,
         metrics=metrics,
         lifecycle=lifecycle,
-        model_dir=files.tokenizer_dir,
+        generation_config=files.generation_config,
     )
 
 

@@ -4,6 +4,7 @@ engine that knows the data plane; it runs in the engine process, or in the user'
 
 from __future__ import annotations
 
+from octavo.checkpoint.default_model import DEFAULT_MODEL_NAME
 from octavo.clock import MonotonicClock
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
@@ -56,7 +57,7 @@ def _fake(config: EngineConfig) -> tuple[Executor, EngineInfo]:
     block_size = config.cache.block_size
     max_model_len = config.model.max_model_len or 2048
     info = EngineInfo(
-        model=config.model.model or "fake",
+        model=config.model.model or DEFAULT_MODEL_NAME,
         architecture="FakeForCausalLM",
         device="cpu",
         dtype="float32",

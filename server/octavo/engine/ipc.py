@@ -128,11 +128,14 @@ class FrontEnd:
     def __init__(self, address: str) -> None:
         self._context = zmq.asyncio.Context()
         self._socket = open_socket(self._context, address, bind=True)
-        # Sends never wait (no high-water mark), so they need no future each.
-        self._sender: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
 
     def send(self, message: ToEngine) -> None:
-        self._sender.send(encode(message), zmq.NOBLOCK)
+        """Sends now: there is no high-water mark, so the socket takes it and the future is done.
+
+        Not through a blocking shadow of the socket: a send there swallows the wake-up that tells
+        the loop of a message to read.
+        """
+        self._socket.send(encode(message))
 
     async def receive(self) -> ToFrontEnd:
         """The next message; waits for it."""
