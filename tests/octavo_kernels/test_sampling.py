@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo_kernels import sampling
+from octavo_kernels import parallel, sampling
 from octavo_kernels.sampling import LogitParams, cpu
 from octavo_kernels.testing import same_bits
 
@@ -302,3 +302,20 @@ def test_wrong_shapes_are_refused() -> None:
         sampling.topn_logprobs(logits, chosen=torch.zeros(2, dtype=torch.int64), num_best=10)
     with pytest.raises(ValueError, match="between 0 and 8"):
         sampling.topn_logprobs(logits, chosen=torch.tensor([0, 9]), num_best=1)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    logits = torch.randn(13, 2500) * 3
+    before = parallel.num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            parallel.set_num_threads(threads)
+            given = columns(13, temperature=0.9, top_p=0.95, min_p=0.001)
+            tokens, _ = sampling.sample(logits, **given)
+            scores = sampling.topn_logprobs(logits, chosen=tokens, num_best=6)
+            found.append((tokens, scores.chosen, scores.ranks, scores.ids, scores.logprobs))
+    finally:
+        parallel.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(same_bits, found[0], other))

@@ -20,6 +20,7 @@ from octavo.scheduler.scheduler import Scheduler
 from octavo.types import EngineRequest, SamplingParams, TokenLogprobs
 from octavo.worker.executor import InlineExecutor, ThreadExecutor
 from octavo.worker.model_runner import ModelRunner
+from octavo_kernels import parallel
 
 Make = Callable[..., ModelRunner]
 rng = random.Random(4)
@@ -193,3 +194,16 @@ def test_forks_are_as_their_own_requests(make_runner: Make) -> None:
         apart, _ = run(make_runner(num_blocks=400), [[choice(index, None)]])
         assert forked[f"choice-{index}"] == apart[f"choice-{index}"]
     assert len({tuple(outcome.tokens) for outcome in forked.values()}) == 5
+
+
+def test_the_number_of_threads_does_not_change_a_bit(make_runner: Make) -> None:
+    requests = [subject(PARAMS["seeded"]), *crowd(12)]
+    before = parallel.num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            parallel.set_num_threads(threads)
+            found.append(run(make_runner(num_blocks=400), [requests], step_tokens=90)[0])
+    finally:
+        parallel.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
