@@ -105,7 +105,9 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         )
         return
     if field.default not in (None, "", ()) and "default" not in text:
-        shown = " ".join(field.default) if is_many else field.default
+        shown: Any = field.default
+        if is_many:
+            shown = " ".join(shown)
         text = f"{text} (default {shown})"
     if is_many:
         common["nargs"] = "*"

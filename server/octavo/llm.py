@@ -11,7 +11,6 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from octavo.checkpoint.source import resolve
@@ -113,7 +112,6 @@ class LLM:
         self.tokenizer: Tokenizer = Tokenizer.from_dir(
             self.config.model.tokenizer or files.tokenizer_dir
         )
-        self._folder = files.tokenizer_dir
         uses_model = self.config.model.generation_config == "auto"
         self._defaults = files.generation_config if uses_model else {}
         self._template: ChatTemplate | None = None
@@ -192,12 +190,11 @@ class LLM:
     def render_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation under the model's chat template. Raises ValueError."""
         if self._template is None:
-            source = find_template(None, folder=Path(self._folder), config=self.tokenizer.config)
+            tokenizer = self.tokenizer
+            source = find_template(None, folder=tokenizer.folder, config=tokenizer.config)
             if source is None:
                 raise ValueError(f"{self.info.model} has no chat template; use generate()")
-            names = ("bos_token", "eos_token", "pad_token", "unk_token")
-            tokens = {n: t for n in names if (t := getattr(self.tokenizer, n)) is not None}
-            self._template = ChatTemplate(source, special_tokens=tokens)
+            self._template = ChatTemplate(source, special_tokens=tokenizer.named_tokens)
         text = self._template.render(messages)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
@@ -334,12 +331,14 @@ class LLM:
 
 def _completion(job: _Job) -> Completion:
     result = job.result
+    reason = FinishReason.ERROR if job.error is not None else result.finish_reason
+    assert reason is not None, "the request has not ended"
     return Completion(
         index=result.index,
         text=result.text,
         token_ids=tuple(result.token_ids),
         logprobs=tuple(result.logprobs),
-        finish_reason=FinishReason.ERROR if job.error else result.finish_reason,
+        finish_reason=reason,
         stop_reason=result.stop_reason,
         error=job.error,
     )

@@ -211,7 +211,6 @@ def _uvicorn_config(app: Any, server: ServerConfig) -> uvicorn.Config:
         log_config=None,  # `set_up_logging` has done it
         log_level=server.uvicorn_log_level,
         access_log=not server.disable_uvicorn_access_log,
-        root_path=server.root_path,
         timeout_keep_alive=server.timeout_keep_alive,
         timeout_graceful_shutdown=_LAST_SECONDS,
         ssl_keyfile=server.ssl_keyfile,
