@@ -93,7 +93,7 @@ def test_keys(tokenizer: Tokenizer) -> None:
             assert http.post(TEXT, json={}).status_code == 401
             assert http.get("/v1/nothing").status_code == 401
             assert http.get("/v1/models", headers={"Authorization": "alpha"}).status_code == 401
-            odd = {"Authorization": b"Bearer \xff"}
+            odd: Any = {"Authorization": b"Bearer \xff"}
             assert http.get("/v1/models", headers=odd).status_code == 401
             for url in ("/health", "/ready", "/ping", "/version", "/load"):
                 response = http.get(url)

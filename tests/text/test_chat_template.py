@@ -59,9 +59,10 @@ CHATS: list[list[dict[str, Any]]] = [
 
 
 def reference(source: str, chat: list[dict[str, Any]], **options: Any) -> str:
-    rendered, _ = render_jinja_template([chat], chat_template=source, **TOKENS, **options)
-    assert isinstance(rendered[0], str)
-    return rendered[0]
+    variables: Any = {**TOKENS, **options}
+    rendered: Any = render_jinja_template([chat], chat_template=source, **variables)
+    text: str = rendered[0][0]
+    return text
 
 
 @pytest.mark.parametrize("source", [CHATML, ALTERNATING, EITHER, JSON])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -79,7 +80,7 @@ def word_piece() -> Tokenizer:
 BYTES, SPM, WORDS = byte_level(), sentencepiece_like(), word_piece()
 
 
-def stream(tokenizer: Tokenizer, ids: Sequence[int], **options: bool) -> list[str]:
+def stream(tokenizer: Tokenizer, ids: Sequence[int], **options: Any) -> list[str]:
     decoder = make_decoder(tokenizer, **options)
     return [*(decoder.push(i) for i in ids), decoder.flush()]
 

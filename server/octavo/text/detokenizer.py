@@ -133,6 +133,7 @@ class StopFinder:
         self._stop = tuple(stop)
         self._include = include
         self._longest = max((len(s) for s in self._stop), default=0)
+        self._inner = frozenset(c for s in self._stop for c in s[:-1])
         self._tail = ""  # the last characters seen, at most `_longest - 1`
         self._num_held = 0  # of the tail, not yet let out
 
@@ -163,6 +164,8 @@ class StopFinder:
 
     def _overlap(self, seen: str) -> int:
         """Length of the longest end of ``seen`` that begins a stop string."""
+        if seen[-1] not in self._inner:  # nearly always
+            return 0
         longest = 0
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(seen)), longest, -1):
