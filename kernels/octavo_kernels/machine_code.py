@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
+import secrets
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -19,10 +21,16 @@ from types import ModuleType
 from typing import Any
 
 import numba
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
 
 _PACKAGE = __name__.partition(".")[0]
 _numba_config: Any = numba.config
+# numba numbers functions per process and puts the number into symbol names, which it then merges
+# by name. Two closures compiled by two processes may bear one name, and a third process loading
+# both from disk would run one in place of the other. Numbers from a random start never meet.
+_identity: Any = FunctionIdentity
+_identity._unique_ids = itertools.count(secrets.randbits(48))
 _log = logging.getLogger(__name__)
 
 

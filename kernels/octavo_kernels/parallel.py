@@ -325,6 +325,8 @@ def _compile(body: Callable[..., None], names: tuple[str, ...]) -> int:
         for index, name in enumerate(names)
     ]
     entry_name = f"{body.__module__.replace('.', '_')}__{body.__name__}"
+    # Bodies made by one factory share a qualified name, which ends up in their symbols.
+    body.__qualname__ = entry_name
     values = ", ".join(["part", "num_parts", *loads])
     source = f"def {entry_name}(part, num_parts, args):\n    body({values})\n"
     scope: dict[str, Any] = {

@@ -151,4 +151,6 @@ def make_tiles(max_rows: int, vectors: int, dtype: str) -> Any:
     }
     scope["__name__"] = __name__
     exec("\n".join(lines), scope)
-    return device(scope["run"])
+    run = scope["run"]
+    run.__qualname__ = f"run_{max_rows}x{vectors}_{dtype}"
+    return device(run)
