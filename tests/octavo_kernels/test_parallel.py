@@ -127,3 +127,36 @@ def test_no_directory_or_a_torn_file_only_costs_time(
     assert len(entry.read_bytes()) >= len(whole) // 2
     monkeypatch.setattr(machine_code, "_directories", lambda: [blocked / "kernels"])
     _run_fresh()
+
+
+def test_code_kept_by_two_processes_is_not_mixed_up_in_a_third(tmp_path: Path) -> None:
+    program = tmp_path / "factory.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "from octavo_kernels import machine_code\n"
+        "from octavo_kernels.parallel import device, kernel\n"
+        "from octavo_kernels.simd import put_i64\n"
+        f"machine_code._directories = lambda: [Path({str(tmp_path)!r})]\n"
+        "def make(number):\n"
+        "    @device\n"
+        "    def inner(i):\n"
+        "        total = 0\n"
+        "        for j in range(i):\n"
+        "            total += j * number\n"
+        "        return total\n"
+        "    def body(part: int, num_parts: int, out: int) -> None:\n"
+        "        put_i64(out, inner(out % 2 + 4))\n"
+        "    body.__name__ = f'body_{number}'\n"
+        "    return kernel(body)\n"
+        "for number in map(int, sys.argv[1:]):\n"
+        "    out = np.zeros(1, np.int64)\n"
+        "    make(number)(1, out.ctypes.data)\n"
+        "    assert out[0] == 6 * number, (number, out[0])\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(machine_code.__file__).parent.parent)}
+    for numbers in (["3"], ["5"], ["3", "5"], ["5", "3"]):
+        done = subprocess.run([sys.executable, str(program), *numbers], env=env, timeout=60)
+        assert done.returncode == 0, numbers
+    assert len(list(tmp_path.glob("*body_*.nbc"))) == 2
