@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from octavo.models.base import Model
 from octavo.models.registry import MODELS
 from octavo.models.weights import CheckpointTensor, gguf_tensors, safetensors_tensors
 
-# Elements read, converted and packed at a time: bounds what loading needs above the model itself.
+# Elements a thread reads, converts and packs at a time: bounds what loading needs above the model.
 _CHUNK = 1 << 21
 # Random weights repeat with this period, prime so that no two rows of a matrix are alike.
 _RANDOM_PERIOD = 1_299_709
@@ -56,21 +58,48 @@ def load_model(
         dtype=dtype,
         max_model_len=max_model_len or spec.max_model_len,
     )
-    if files.format == "dummy":
-        fill_randomly(model.slots(), seed=seed)
-        return model
     try:
-        if files.format == "gguf":
-            _fill(model, gguf_tensors(files.weights, config=files.config))
-        else:
-            _fill(model, safetensors_tensors(files.weights))
+        with _threads() as pool:
+            if files.format == "dummy":
+                _fill_randomly(model.slots(), seed=seed, pool=pool)
+            elif files.format == "gguf":
+                _fill(model, gguf_tensors(files.weights, config=files.config), pool=pool)
+            else:
+                _fill(model, safetensors_tensors(files.weights), pool=pool)
     except OSError as error:
         raise ValueError(f"the weights of {files.name} cannot be read: {error}") from error
     return model
 
 
-def _fill(model: Model, tensors: Iterable[CheckpointTensor]) -> None:
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    """As many threads as torch has, each with a tensor of its own and torch's helpers at rest.
+
+    Torch's own threads wait for each other in busy loops after every piece: on a machine that has
+    other work, loading then takes several times as long as on one thread.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="octavo-load") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _wait(tasks: list[Future[None]]) -> None:
+    """Raises what the first failed task raised, and drops those not begun."""
+    try:
+        for task in tasks:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _fill(model: Model, tensors: Iterable[CheckpointTensor], *, pool: Executor) -> None:
     slots = model.slots()
+    tasks: list[Future[None]] = []
     missing = set(slots)
     unexpected: list[str] = []
     for tensor in tensors:
@@ -78,10 +107,11 @@ def _fill(model: Model, tensors: Iterable[CheckpointTensor]) -> None:
         if tensor.name == ROPE_FACTORS:
             model.set_frequency_factors(tensor.read(0, tensor.shape[0]))
         elif slot is not None:
-            _copy(tensor, slot)
+            tasks.append(pool.submit(_copy, tensor, slot))
             missing.discard(tensor.name)
         elif not _is_redundant(tensor.name, model.spec):
             unexpected.append(f"{tensor.name} {list(tensor.shape)} in {tensor.path}")
+    _wait(tasks)
     if missing:
         raise ValueError(f"the checkpoint lacks {_some(sorted(missing))}")
     if unexpected:
@@ -120,11 +150,16 @@ def _chunk_rows(shape: tuple[int, ...]) -> int:
     return max(_CHUNK // row, 1)
 
 
-def fill_randomly(slots: Mapping[str, WeightSlot], *, seed: int) -> None:
+def _fill_randomly(slots: Mapping[str, WeightSlot], *, seed: int, pool: Executor) -> None:
     """Small random weights, norms of one; equal for equal seeds, at the speed of copying."""
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.empty(_RANDOM_PERIOD).normal_(std=_RANDOM_STD, generator=generator)
-    pool = torch.cat([pool, pool])
+    period = torch.empty(_RANDOM_PERIOD).normal_(std=_RANDOM_STD, generator=generator)
+    twice = torch.cat([period, period])
+
+    def write(slot: WeightSlot, start: int, shape: tuple[int, ...], offset: int) -> None:
+        slot.write(_cycle(twice, offset=offset, shape=shape), start)
+
+    tasks: list[Future[None]] = []
     offset = 0
     for slot in slots.values():
         if slot.kind == "norm":
@@ -132,10 +167,10 @@ def fill_randomly(slots: Mapping[str, WeightSlot], *, seed: int) -> None:
             continue
         step = _chunk_rows(slot.shape)
         for start in range(0, slot.shape[0], step):
-            rows = min(step, slot.shape[0] - start)
-            values = _cycle(pool, offset=offset, shape=(rows, *slot.shape[1:]))
-            slot.write(values, start)
-            offset = (offset + values.numel()) % _RANDOM_PERIOD
+            shape = (min(step, slot.shape[0] - start), *slot.shape[1:])
+            tasks.append(pool.submit(write, slot, start, shape, offset))
+            offset = (offset + torch.Size(shape).numel()) % _RANDOM_PERIOD
+    _wait(tasks)
 
 
 def _cycle(pool: Tensor, *, offset: int, shape: tuple[int, ...]) -> Tensor:

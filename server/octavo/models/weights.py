@@ -16,6 +16,8 @@ from octavo.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from octavo.checkpoint.safetensors_file import check_safetensors
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
+# Elements dequantised at a time; what numpy makes on the way stays in a core's cache.
+_CACHED = 1 << 17
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -95,14 +97,23 @@ def _dequantised(file: GGUFFile, *, tensor: GGUFTensor, start: int, stop: int) -
     if len(tensor.shape) == 1:
         start, stop = 0, 1
     raw = file.rows(tensor, start=start, stop=stop)
-    kind = tensor.quant_type.name
-    if kind in _PLAIN:
-        return torch.from_numpy(raw).view(_PLAIN[kind])
+    kind = tensor.quant_type
+    if kind.name in _PLAIN:
+        return torch.from_numpy(raw).view(_PLAIN[kind.name])
     # Imported here because other formats must not pay for it at start-up.
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    return torch.from_numpy(dequantize(raw, GGMLQuantizationType(tensor.type_id)))
+    number = GGMLQuantizationType(tensor.type_id)
+    blocks = raw.reshape(-1, kind.nbytes)
+    rows = torch.empty(stop - start, tensor.shape[-1])
+    flat = rows.view(-1, kind.block).numpy()
+    step = _CACHED // kind.block
+    for at in range(0, len(blocks), step):
+        # As one row: the package works row by row, in pieces too small to be quick.
+        one_row = blocks[at : at + step].reshape(1, -1)
+        flat[at : at + step] = dequantize(one_row, number).reshape(-1, kind.block)
+    return rows
 
 
 def _halves_from_pairs(rows: Tensor, *, num_heads: int) -> Tensor:
