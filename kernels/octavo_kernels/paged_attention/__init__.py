@@ -1,9 +1,10 @@
-"""Causal attention of packed query tokens over a paged cache. Knows shapes, not models or schedules."""
+"""Causal attention of packed query tokens over a paged cache. Knows shapes, not models."""
 
 from __future__ import annotations
 
 import array
 import functools
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from octavo_kernels import parallel
 from octavo_kernels.op import require_device
 from octavo_kernels.paged_attention import cpu
 from octavo_kernels.paged_attention.reference import paged_attention_reference
+from octavo_kernels.simd import LANES
 
 __all__ = ["kv_cache_shapes", "paged_attention", "paged_attention_reference", "warm"]
 
@@ -24,7 +26,9 @@ _ATTEND = {
 }
 # Multiply-adds of one kind (scores or values) below which waking a thread costs more than it saves.
 _SERIAL_COST = 1 << 15
-_EMPTY_PLAN = bytes(8 * 8)
+_EMPTY_PLAN = (0,) * cpu.PLAN_FIELDS
+_NO_SCRATCH = (0, 0, 0)
+_LOG2_E = 1.4426950408889634  # the kernels' logits are base 2
 
 
 def kv_cache_shapes(
@@ -64,8 +68,8 @@ def paged_attention(
     q: [T, N, H] float32; the rows of T may be strided (a view of qkv), [N, H] is dense.
     k_cache, v_cache: `kv_cache_shapes`, float32, bfloat16 or float16, widened when read.
     block_tables: [R, max_blocks] int32, dense in its last dimension; query_start_loc: [R + 1] int32
-    with last entry T; seq_lens: [R] int32, tokens present in the cache, this step's included. Query i
-    of request r stands at position seq_lens[r] - query_len[r] + i.
+    with last entry T; seq_lens: [R] int32, tokens present in the cache, this step's included.
+    Query i of request r stands at position seq_lens[r] - query_len[r] + i.
     sliding_window: 0, or the number of newest positions a token sees, itself included.
     Returns out [T, N * H] float32. A row's bits depend on its own query and keys alone, not on the
     batch, the chunking or the number of threads; slots it does not see are never part of it.
@@ -88,74 +92,34 @@ def paged_attention(
     num_requests, max_blocks = block_tables.shape
     if num_tokens == 0:
         return out
-    group, threads = num_heads // num_kv_heads, parallel.num_threads()
-    starts, lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
-    plan = array.array("q", _EMPTY_PLAN)
-    plan_at = plan.buffer_info()[0]
-    cpu.make_plan(
-        1,
-        starts,
-        lens,
-        num_requests,
-        num_tokens,
-        max_blocks * block_size,
-        num_kv_heads,
-        group,
-        head_dim,
-        sliding_window,
-        threads,
-        plan_at,
-    )
-    chunk, items, split, cost, status = plan[: cpu.STATUS + 1]
+    max_keys = max_blocks * block_size
+    threads = parallel.num_threads()
+    given = (
+        query_start_loc.data_ptr(), seq_lens.data_ptr(), num_requests, num_tokens,
+        block_tables.data_ptr(), block_tables.stride(0), max_keys, num_kv_heads,
+        num_heads // num_kv_heads, head_dim, block_size, num_blocks, sliding_window, threads,
+        q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    call = array.array("q", _EMPTY_PLAN + given + _NO_SCRATCH)
+    address = call.buffer_info()[0]
+    cpu.make_plan(1, address)
+    chunk, items, split, cost, status = call[: cpu.STATUS + 1]
     if status:
-        _refuse(plan, query_start_loc, seq_lens, num_tokens, max_blocks * block_size)
-    max_rows = chunk * group
-    scratch_floats = cpu.WORK_FLOATS + max_rows * (3 * head_dim + cpu.LANES + 3)
-    scratch_floats = -(-scratch_floats // 16) * 16
+        _refuse(call, query_start_loc, seq_lens)
     parts = 1 if cost < _SERIAL_COST else min(threads, items)
-    partial_floats = items * max_rows * (head_dim + cpu.LANES + 1) if split else 0
-    scratch = torch.empty(parts * scratch_floats + partial_floats)
-    partials = scratch.data_ptr() + 4 * parts * scratch_floats
-    attend(
-        parts,
-        q.data_ptr(),
-        q.stride(0),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        block_tables.data_ptr(),
-        block_tables.stride(0),
-        starts,
-        lens,
-        num_requests,
-        out.data_ptr(),
-        scratch.data_ptr(),
-        4 * scratch_floats,
-        partials,
-        plan_at,
-        num_kv_heads,
-        group,
-        head_dim,
-        block_size,
-        num_blocks,
-        sliding_window,
-        scale * cpu.LOG2_E,
-    )
+    max_rows = chunk * (num_heads // num_kv_heads)
+    part_floats = cpu.WORK_FLOATS + max_rows * (3 * head_dim + LANES + 3)
+    part_floats = -(-part_floats // LANES) * LANES
+    partial_floats = items * max_rows * (head_dim + LANES + 1) if split else 0
+    scratch = torch.empty(parts * part_floats + partial_floats)
+    call[cpu.SCRATCH] = scratch.data_ptr()
+    call[cpu.SCRATCH_STRIDE] = 4 * part_floats
+    call[cpu.PARTIALS] = scratch.data_ptr() + 4 * parts * part_floats
+    attend(parts, address, scale * _LOG2_E)
+    if call[cpu.STATUS]:
+        _refuse(call, query_start_loc, seq_lens)
     if split:
-        cpu.merge(
-            1,
-            starts,
-            lens,
-            num_requests,
-            out.data_ptr(),
-            partials,
-            plan_at,
-            num_kv_heads,
-            group,
-            head_dim,
-            sliding_window,
-        )
-    if plan[cpu.STATUS]:
-        _refuse(plan, query_start_loc, seq_lens, num_tokens, num_blocks)
+        cpu.merge(1, address)
     return out
 
 
@@ -214,19 +178,20 @@ def _check_tables(block_tables: Tensor, query_start_loc: Tensor, seq_lens: Tenso
         raise ValueError("block_tables rows, query_start_loc and seq_lens must be dense")
 
 
-def _refuse(
-    plan: array.array[int], query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int, limit: int
-) -> None:
-    status, culprit = plan[cpu.STATUS], plan[cpu.CULPRIT]
+def _refuse(call: array.array[int], query_start_loc: Tensor, seq_lens: Tensor) -> NoReturn:
+    status, culprit = call[cpu.STATUS], call[cpu.CULPRIT]
     if status == cpu.BAD_BLOCK:
-        raise ValueError(f"block_tables names block {culprit}, allowed are 0 to {limit - 1}")
+        raise ValueError(
+            f"block_tables names block {culprit}, allowed are 0 to {call[cpu.NUM_BLOCKS] - 1}"
+        )
     if status == cpu.BAD_LENGTH:
         raise ValueError(
-            f"seq_lens[{culprit}] must be at least its query length and at most {limit}, "
-            f"got {int(seq_lens[culprit])}"
+            f"seq_lens[{culprit}] must be at least its query length and at most "
+            f"{call[cpu.MAX_KEYS]}, got {int(seq_lens[culprit])}"
         )
     raise ValueError(
-        f"query_start_loc must ascend from 0 to {num_tokens}, got {query_start_loc.tolist()}"
+        f"query_start_loc must ascend from 0 to {call[cpu.NUM_TOKENS]}, "
+        f"got {query_start_loc.tolist()}"
     )
 
 

@@ -1,9 +1,10 @@
-"""Vector loops of attention over one tile of 64 keys, written as LLVM IR. Know addresses, not requests.
+"""Vector loops of attention over one tile of 64 keys, as LLVM IR. Know addresses, not requests.
 
-Every loop keeps one chain of fused multiply-adds per (row, key) or (row, value column), so the number of
-rows handled together never changes a bit of any row. Addresses are int64; strides are bytes.
+Every loop keeps one chain of fused multiply-adds per (row, key) or (row, value column), so the
+number of rows handled together never changes a bit of any row. Addresses are int64; strides are
+bytes.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ def _prefetch(builder: Any, address: Any) -> None:
 
 
 class _Loop:
-    """`for i in range(start, stop)` with carried vectors; `index` and `carried` are valid inside."""
+    """`for i in range(start, stop)` with carried vectors; `index`, `carried` are valid inside."""
 
     def __init__(self, builder: Any, start: Any, stop: Any, initial: list[Any]) -> None:
         self._builder = builder
@@ -134,51 +135,67 @@ class _Loop:
         return list(self.carried)
 
 
-@intrinsic(prefer_literal=True)
-def scores(typingctx, tag, rows, q, keys, key_stride, out, dim, ahead):
+def _for_each_row_count(builder: Any, rows: Any, emit: Any) -> None:
+    """Branch on the runtime `rows`, 1 to MAX_ROWS, to `emit(count)`: a count known is registers."""
+    done = builder.append_basic_block("rows.done")
+    blocks = [builder.append_basic_block(f"rows.{count}") for count in range(1, MAX_ROWS + 1)]
+    switch = builder.switch(rows, blocks[0])
+    for count, block in enumerate(blocks, start=1):
+        if count > 1:
+            switch.add_case(I64(count), block)
+        builder.position_at_end(block)
+        emit(count)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _addresses(builder: Any, table: Any) -> list[Any]:
+    return [_load(builder, _offset(builder, table, 8 * s), I64, 8) for s in range(SUBS)]
+
+
+@intrinsic
+def scores(typingctx, tag, rows, q, keys, ahead, out, dim, key_stride):
     """out[row, key] = sum over h ascending of q[row, h] * K[h, key], for `rows` rows and 64 keys.
 
-    `q` addresses packed float32 rows of `dim`; `keys` addresses 4 int64 addresses, each of 16 neighbouring
-    keys at h = 0; `key_stride` is the distance between two h. `ahead` addresses 4 addresses, each of
-    16 * `dim` elements that are wanted next: blocks lie scattered, so the core cannot foresee them.
+    q addresses packed float32 rows of `dim`; keys addresses 4 int64 addresses, each of 16
+    neighbouring keys at h = 0; key_stride is the distance between two h. ahead addresses 4
+    addresses, each of 16 * dim elements that are wanted next: blocks lie scattered, so the core
+    cannot foresee them.
     """
-    rows_n = rows.literal_value
-    sig = types.void(tag, rows, *([types.int64] * 6))
+    sig = types.void(tag, *([types.int64] * 7))
+    step = 4 if tag == types.float32 else 2
+
+    def tile(builder, count, q_, bases, next_at, out_, dim_, stride):
+        rows_at = [builder.add(q_, builder.mul(dim_, I64(4 * r))) for r in range(count)]
+        loop = _Loop(builder, I64(0), dim_, [_const(0.0)] * (count * len(bases)))
+        if count <= _FETCHING_ROWS:
+            line = builder.mul(loop.index, I64(LANES * step))
+            for where in next_at:
+                _prefetch(builder, builder.add(where, line))
+        shift = builder.mul(loop.index, stride)
+        k = [emit_load(builder, builder.add(base, shift), _STORAGE[tag]) for base in bases]
+        at = builder.mul(loop.index, I64(4))
+        updated = []
+        for r in range(count):
+            value = emit_splat(builder, _load(builder, builder.add(rows_at[r], at), F32))
+            for s in range(len(bases)):
+                updated.append(_fma(builder, value, k[s], loop.carried[r * len(bases) + s]))
+        for i, total in enumerate(loop.close(updated)):
+            r, s = divmod(i, len(bases))
+            _store(builder, total, _offset(builder, out_, 4 * (r * TILE + s * LANES)))
 
     def codegen(context, builder, signature, args):
-        _, _, q_, keys_, stride, out_, dim_, ahead_ = args
-        itemsize = 4 if tag == types.float32 else 2
-        group_n = _vectors_per_loop()
-        row_bytes = builder.mul(dim_, I64(4))
-        q_rows = [builder.add(q_, builder.mul(row_bytes, I64(r))) for r in range(rows_n)]
-        for first in range(0, SUBS, group_n):
-            bases = [
-                _load(builder, _offset(builder, keys_, 8 * (first + s)), I64, 8)
-                for s in range(group_n)
-            ]
-            next_at = [
-                _load(builder, _offset(builder, ahead_, 8 * (first + s)), I64, 8)
-                for s in range(group_n)
-            ]
-            zero = [_const(0.0)] * (rows_n * group_n)
-            loop = _Loop(builder, I64(0), dim_, zero)
-            if rows_n <= _FETCHING_ROWS:
-                line = builder.mul(loop.index, I64(LANES * itemsize))
-                for where in next_at:
-                    _prefetch(builder, builder.add(where, line))
-            shift = builder.mul(loop.index, stride)
-            k = [emit_load(builder, builder.add(b, shift), _STORAGE[tag]) for b in bases]
-            at = builder.mul(loop.index, I64(4))
-            updated = []
-            for r in range(rows_n):
-                value = emit_splat(builder, _load(builder, builder.add(q_rows[r], at), F32))
-                for s in range(group_n):
-                    updated.append(_fma(builder, value, k[s], loop.carried[r * group_n + s]))
-            total = loop.close(updated)
-            for r in range(rows_n):
-                for s in range(group_n):
-                    place = 4 * (r * TILE + (first + s) * LANES)
-                    _store(builder, total[r * group_n + s], _offset(builder, out_, place))
+        _, rows_, q_, keys_, ahead_, out_, dim_, stride = args
+        bases, next_at = _addresses(builder, keys_), _addresses(builder, ahead_)
+        together = _vectors_per_loop()
+
+        def emit(count):
+            for first in range(0, SUBS, together):
+                part = slice(first, first + together)
+                at = _offset(builder, out_, 4 * LANES * first)
+                tile(builder, count, q_, bases[part], next_at[part], at, dim_, stride)
+
+        _for_each_row_count(builder, rows_, emit)
         return context.get_dummy_value()
 
     return sig, codegen
@@ -186,10 +203,10 @@ def scores(typingctx, tag, rows, q, keys, key_stride, out, dim, ahead):
 
 @intrinsic
 def softmax_step(typingctx, row, max_at, sum_at, lo, hi):
-    """Turn one row of 64 scores (base-2 logits) into probabilities in place and update max and sums.
+    """Turn a row of 64 scores (base-2 logits) into probabilities in place; update max and sums.
 
-    Keys outside [lo, hi) count as -inf whatever their score holds. Returns the factor by which the row's
-    accumulator is to be multiplied. `sum_at` addresses 16 lane sums.
+    Keys outside [lo, hi) count as -inf whatever their score holds. Returns the factor by which the
+    row's accumulator is to be multiplied. `sum_at` addresses 16 lane sums.
     """
     sig = types.float32(*([types.int64] * 5))
 
@@ -223,78 +240,80 @@ def softmax_step(typingctx, row, max_at, sum_at, lo, hi):
     return sig, codegen
 
 
-@intrinsic(prefer_literal=True)
-def weigh(
-    typingctx,
-    tag,
-    rows,
-    vectors,
-    p,
-    values,
-    value_shift,
-    value_stride,
-    acc,
-    acc_stride,
-    factors,
-    lo,
-    hi,
-    ahead,
-    ahead_row,
-    ahead_stride,
-):
-    """acc[row, col] = acc * factors[row] + sum over keys lo..hi-1 ascending of p[row, key] * V[key, col].
+def _make_weigh(vectors: int) -> Any:
+    """`weigh` for a width of 16 * vectors columns."""
 
-    Handles `rows` x (16 * `vectors`) columns. `values` addresses 4 int64 addresses, each of the first of
-    16 neighbouring keys, to be moved by `value_shift`; `value_stride` is the distance between two keys.
-    Keys outside [lo, hi) are not read. `ahead` addresses the 4 key addresses of the tile wanted next: a
-    full tile's loop asks for their rows `ahead_row` to `ahead_row` + 16 * `vectors` - 1.
-    """
-    rows_n, vectors_n = rows.literal_value, vectors.literal_value
-    sig = types.void(tag, rows, vectors, *([types.int64] * 12))
+    @intrinsic
+    def weigh(
+        typingctx, tag, rows, p, factors, values, ahead, column, acc, dim, lo, hi, key_stride
+    ):
+        """acc[row, c] = acc[row, c] * factors[row] + sum of p[row, key] * V[key, c].
 
-    def codegen(context, builder, signature, args):
-        _, _, _, p_, values_, shift, stride, acc_, acc_stride_, factors_, lo_, hi_ = args[:12]
-        ahead_, ahead_row_, ahead_stride_ = args[12:]
-        next_at = [_load(builder, _offset(builder, ahead_, 8 * s), I64, 8) for s in range(SUBS)]
-        itemsize = 4 if tag == types.float32 else 2
-        row_at = [builder.add(acc_, builder.mul(acc_stride_, I64(r))) for r in range(rows_n)]
-        together = min(vectors_n, _vectors_per_loop())
-        for first in range(0, vectors_n, together):
-            columns = range(first, first + together)
+        The sum runs over keys lo to hi - 1 ascending.
+        The columns c begin at `column`. values addresses 4 int64 addresses, each of the first of 16
+        neighbouring keys' rows; keys outside [lo, hi) are not read. ahead addresses the 4 key
+        addresses of the tile wanted next: a full tile's loop asks for as many of their `dim` rows,
+        `key_stride` apart, as it has columns.
+        """
+        sig = types.void(tag, *([types.int64] * 11))
+        step = 4 if tag == types.float32 else 2
+
+        def tile(builder, count, first, together, next_at, args):
+            p_, factors_, values_, column_, acc_, dim_, lo_, hi_, key_stride_ = args
+            column_ = builder.add(column_, I64(first * LANES))
             places, initial = [], []
-            for r in range(rows_n):
+            for r in range(count):
                 factor = emit_splat(builder, _load(builder, _offset(builder, factors_, 4 * r), F32))
-                for c in columns:
-                    place = _offset(builder, row_at[r], 4 * LANES * c)
-                    places.append(place)
-                    initial.append(builder.fmul(_load(builder, place), factor))
+                row = builder.add(column_, builder.mul(dim_, I64(r)))
+                row = builder.add(acc_, builder.mul(row, I64(4)))
+                for c in range(together):
+                    places.append(_offset(builder, row, 4 * LANES * c))
+                    initial.append(builder.fmul(_load(builder, places[-1]), factor))
+            stride = builder.mul(dim_, I64(step))
+            shift = builder.mul(column_, I64(step))
             loop = _Loop(builder, lo_, hi_, initial)
-            if rows_n <= _FETCHING_ROWS:
+            if count <= _FETCHING_ROWS:
                 row = builder.lshr(builder.mul(loop.index, I64(together)), I64(2))
-                row = builder.add(row, builder.add(ahead_row_, I64(LANES * first)))
+                row = builder.mul(builder.add(row, column_), key_stride_)
                 for where in next_at:
-                    _prefetch(builder, builder.add(where, builder.mul(row, ahead_stride_)))
+                    _prefetch(builder, builder.add(where, row))
             sub = builder.mul(builder.lshr(loop.index, I64(4)), I64(8))
             base = builder.add(_load(builder, builder.add(values_, sub), I64, 8), shift)
             within = builder.and_(loop.index, I64(LANES - 1))
             base = builder.add(base, builder.mul(within, stride))
             v = [
-                emit_load(builder, _offset(builder, base, itemsize * LANES * c), _STORAGE[tag])
-                for c in columns
+                emit_load(builder, _offset(builder, base, step * LANES * c), _STORAGE[tag])
+                for c in range(together)
             ]
             at = builder.add(p_, builder.mul(loop.index, I64(4)))
             updated = []
-            for r in range(rows_n):
-                weight = emit_splat(
-                    builder, _load(builder, _offset(builder, at, 4 * TILE * r), F32)
-                )
+            for r in range(count):
+                weight = _load(builder, _offset(builder, at, 4 * TILE * r), F32)
+                weight = emit_splat(builder, weight)
                 for c in range(together):
                     updated.append(_fma(builder, weight, v[c], loop.carried[r * together + c]))
             for place, value in zip(places, loop.close(updated), strict=True):
                 _store(builder, value, place)
-        return context.get_dummy_value()
 
-    return sig, codegen
+        def codegen(context, builder, signature, args):
+            _, rows_, p_, factors_, values_, ahead_, *rest = args
+            next_at = _addresses(builder, ahead_)
+            together = min(vectors, _vectors_per_loop())
+
+            def emit(count):
+                for first in range(0, vectors, together):
+                    given = (p_, factors_, values_, *rest)
+                    tile(builder, count, first, together, next_at, given)
+
+            _for_each_row_count(builder, rows_, emit)
+            return context.get_dummy_value()
+
+        return sig, codegen
+
+    return weigh
+
+
+weigh_64, weigh_16 = _make_weigh(4), _make_weigh(1)
 
 
 @intrinsic

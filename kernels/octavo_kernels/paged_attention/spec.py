@@ -73,7 +73,7 @@ def _pairs(case: Case) -> int:
 def _bytes(case: Case, itemsize: int) -> float:
     keys = sum(min(p, q + case.window) if case.window else p for q, p in _lengths(case))
     tokens = sum(query for query, _ in _lengths(case))
-    return 2.0 * keys * case.K * case.H * itemsize + 8.0 * tokens * case.N * case.H
+    return float(2 * keys * case.K * case.H * itemsize + 8 * tokens * case.N * case.H)
 
 
 def _sdpa(

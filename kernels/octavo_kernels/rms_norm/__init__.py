@@ -26,7 +26,8 @@ def rms_norm(
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension; [T, D] float32 -> [T, D].
 
     With residual [T, D]: first residual += x in place, then the sum is what gets normalised, the
-    order of a pre-norm block (h = residual + x; y = norm(h)). x itself is not changed; out may be x.
+    order of a pre-norm block (h = residual + x; y = norm(h)). x itself is not changed; out may
+    be x.
     A row's bits depend on that row alone. Raises ValueError for other shapes, dtypes or strides.
     """
     require_device("rms_norm", x)

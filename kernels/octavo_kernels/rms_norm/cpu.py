@@ -33,7 +33,7 @@ def inverse_rms(total, count, eps):
 
 @device
 def _sum_squares(x, residual, dim):
-    """Lane sums of one row's squares, always over the same 4 chains; with residual, residual += x."""
+    """Lane sums of one row's squares, always the same 4 chains; with residual, residual += x."""
     s0 = splat(np.float32(0.0))
     s1, s2, s3 = s0, s0, s0
     i = 0

@@ -1,4 +1,4 @@
-"""RMS normalisation in plain torch, in the dtype it is given. Knows nothing of threads or vectors."""
+"""RMS normalisation in plain torch, in the dtype it is given. Knows nothing of vectors."""
 
 from __future__ import annotations
 

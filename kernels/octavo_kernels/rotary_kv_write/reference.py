@@ -37,7 +37,8 @@ def rotary_kv_write_reference(
 ) -> Tensor:
     """See `rotary_kv_write`; leaves qkv as it is."""
     heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k = heads[:, :num_heads], heads[:, num_heads : num_heads + num_kv_heads]
+    v = heads[:, num_heads + num_kv_heads :]
     cos, sin = cos[positions.long()].to(qkv.dtype), sin[positions.long()].to(qkv.dtype)
     q, k = _rotate(_norm(q, q_norm, eps), cos, sin), _rotate(_norm(k, k_norm, eps), cos, sin)
     block_size = k_cache.shape[3]
