@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.executor import InlineExecutor, ThreadExecutor
 from octavo.worker.worker import build_worker
 from octavo_kernels import parallel
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """A worker owns its process; this one has other tests to run."""
+    before = parallel.num_threads(), torch.get_num_threads()
+    yield
+    parallel.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
 
 
 def config(folder: Path, **model: Any) -> EngineConfig:
