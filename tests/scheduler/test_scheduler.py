@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from octavo.types import BlockCopy, FinishReason, ModelOutput
@@ -84,9 +86,19 @@ def test_nobody_overtakes_a_request_that_waits_for_room() -> None:
 
 
 def test_room_is_asked_for_the_whole_prompt_beyond_what_chunks_will_take() -> None:
-    d = Driver(num_blocks=8, budget=8, caching=False)
+    d = Driver(num_blocks=8, budget=8, long_prefill_token_threshold=4, caching=False)
     d.add("a", 20, max_tokens=2)
     d.add("b", 16, max_tokens=2)
+    assert d.step().num_scheduled_tokens == {"a": 4}
+    d.run()
+    assert sum(stats.preemptions for stats in d.stats) == 0
+
+
+def test_an_admission_leaves_headroom_for_those_that_run() -> None:
+    d = Driver(num_blocks=64, max_model_len=256, budget=512, caching=False)
+    d.add("a", 4, max_tokens=5)
+    d.add("b", 63 * 4, max_tokens=2)
+    assert d.step().num_scheduled_tokens == {"a": 4}
     d.run()
     assert sum(stats.preemptions for stats in d.stats) == 0
 
@@ -151,7 +163,7 @@ def test_an_id_is_free_again_once_its_request_ended() -> None:
 )
 @pytest.mark.parametrize("max_inflight", [1, 2])
 def test_stop_tokens(
-    params: dict[str, object], num_tokens: int, stop_reason: int | None, max_inflight: int
+    params: dict[str, Any], num_tokens: int, stop_reason: int | None, max_inflight: int
 ) -> None:
     script = [7, 8, 50, 9, 50, 10, 11, 12]
     d = Driver(max_inflight=max_inflight, executor={"scripts": {"a": script}})
@@ -498,6 +510,36 @@ def test_results_must_be_those_of_the_oldest_step() -> None:
     d.schedule()
     with pytest.raises(AssertionError, match="results of step 5"):
         d.scheduler.update(ModelOutput(step=5), 0.0)
+
+
+def test_a_block_whose_last_token_is_in_flight_is_not_found_if_that_step_fails() -> None:
+    d = Driver(executor={"scripts": {"a": [7, 50]}})
+    d.add("a", [1, 2], max_tokens=9, stop_token_ids=(50,))
+    for _ in range(3):
+        d.schedule()
+    d.update()
+    d.update()
+    assert d.last("a").finish_reason is FinishReason.STOP
+    assert d.scheduler.fail_step("lost", now=0.0) == []
+    d.executor.collect()
+    d.add("b", [1, 2, 7, 50, 3], max_tokens=1)
+    assert d.step().new_requests[0].num_computed_tokens == 0
+
+
+def test_a_fork_of_a_fork_of_a_failed_parent_starts_anew() -> None:
+    d = Driver(max_model_len=32)
+    prompt = [1, 2]
+    d.add("a", prompt, max_tokens=4)
+    d.add("b", prompt, fork_of="a", max_tokens=4)
+    d.add("c", prompt, fork_of="b", max_tokens=4)
+    steps = [d.schedule() for _ in range(3)]
+    assert [len(step.block_copies) for step in steps] == [0, 1, 1]  # c copies a step after b
+    d.executor.fail_requests = {"a": "bad"}
+    for _ in range(3):
+        d.update()
+    d.run()
+    for name in "bc":
+        assert d.tokens[name] == d.alone(name)
 
 
 # ---- figures ------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -44,7 +46,7 @@ class Life(RuleBasedStateMachine):
     """
 
     @initialize(config=CONFIG, num_spare_blocks=st.integers(0, 6))
-    def start(self, config: dict[str, object], num_spare_blocks: int) -> None:
+    def start(self, config: dict[str, Any], num_spare_blocks: int) -> None:
         max_model_len = 24
         num_blocks = max_model_len // int(str(config["block_size"])) + num_spare_blocks
         self.failing: dict[str, str] = {}
@@ -55,9 +57,9 @@ class Life(RuleBasedStateMachine):
             **config,
         )
 
-    def submit(self, **request: object) -> str:
+    def submit(self, **request: Any) -> str:
         request_id = f"r{len(self.d.requests)}"
-        self.d.add(request_id, **request)  # type: ignore[arg-type]
+        self.d.add(request_id, **request)
         return request_id
 
     @rule(
@@ -66,23 +68,26 @@ class Life(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, "s"]),
         num_forks=st.sampled_from([0, 0, 0, 1, 3]),
+        is_chain=st.booleans(),
         fails=st.sampled_from([False] * 7 + [True]),
     )
     def arrive(
         self,
         prompt: list[int],
-        params: dict[str, object],
+        params: dict[str, Any],
         priority: int,
         salt: str | None,
         num_forks: int,
+        is_chain: bool,
         fails: bool,
     ) -> None:
-        request: dict[str, object] = {"prompt": prompt, "priority": priority, "cache_salt": salt}
+        request: dict[str, Any] = {"prompt": prompt, "priority": priority, "cache_salt": salt}
         first = self.submit(**request, **params)
         if fails:
             self.failing[first] = "told to fail"
         for i in range(num_forks):
-            self.submit(**request, **{**params, "seed": 10 + i}, fork_of=first)
+            parent = f"r{len(self.d.requests) - 1}" if is_chain else first
+            self.submit(**request, **{**params, "seed": 10 + i}, fork_of=parent)
 
     @rule()
     def step(self) -> None:

@@ -141,8 +141,6 @@ class Request:
         """Back to nothing computed. Tokens in flight still count and arrive."""
         self.status = Status.PREEMPTED
         self.num_computed = 0
-        self.num_slots = 0
-        self.register_at = NEVER
 
     def drop_inflight(self) -> None:
         """Whatever steps in flight yield for it is void."""
