@@ -73,7 +73,7 @@ def attend(
         scale=head_dim**-0.5,
         sliding_window=window,
     )
-    return list(torch.split(out, lengths))  # type: ignore[no-untyped-call]
+    return list(torch.split(out, lengths))
 
 
 @pytest.fixture
