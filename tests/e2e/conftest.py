@@ -39,12 +39,12 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return str(answer.read().decode())
 
-    def metric(self, name: str) -> float:
-        """Sum over the labels of one series."""
+    def metric(self, name: str, label: str = "") -> float:
+        """Sum of one series over its labels, or over those with ``label`` (``state="owned"``)."""
         values = [
             float(line.rpartition(" ")[2])
             for line in self.get("/metrics").splitlines()
-            if line.startswith((f"{name} ", f"{name}{{"))
+            if line.startswith((f"{name} ", f"{name}{{")) and label in line
         ]
         assert values, f"no metric {name}"
         return sum(values)
