@@ -177,6 +177,7 @@ class _Track:
     num_cached: int = 0
     first_token: float = 0.0
     last_token: float = 0.0
+    is_stopped: bool = False  # by a stop string: the engine only hears an abort
 
 
 class Metrics:
@@ -211,6 +212,8 @@ class Metrics:
         self._tracks: dict[str, _Track] = {}
         for reason in FinishReason:  # so that rates have a zero to start from
             self._labelled("vllm:request_success", finished_reason=reason.value)
+        for source in ("local_compute", "local_cache_hit"):
+            self._labelled("vllm:prompt_tokens_by_source", source=source)
         self._labelled("octavo:build", version=__version__).set(1)
         for phase, seconds in (start_phases or info.phases).items():
             self._labelled("octavo:ready_seconds", phase=phase).set(seconds)
@@ -257,6 +260,11 @@ class Metrics:
         if parent is not None:
             parent.num_choices += 1
 
+    def on_stop_string(self, request_id: str) -> None:
+        """The front end found a stop string and ends the request: a stop, not an abort."""
+        if (track := self._tracks.get(request_id)) is not None:
+            track.is_stopped = True
+
     def on_outputs(self, outputs: EngineOutputs, now: float) -> None:
         """`now`: monotonic seconds at which these outputs reached the front end."""
         for output in outputs.outputs:
@@ -281,7 +289,8 @@ class Metrics:
         track.num_cached = max(track.num_cached, output.num_cached_tokens)
         if output.finish_reason is not None:
             del self._tracks[output.request_id]
-            self._on_finish(track, output.finish_reason, output.times, now)
+            reason = FinishReason.STOP if track.is_stopped else output.finish_reason
+            self._on_finish(track, reason, output.times, now)
 
     def _on_finish(
         self, track: _Track, reason: FinishReason, times: RequestTimes | None, now: float

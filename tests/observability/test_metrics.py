@@ -1,0 +1,197 @@
+"""The metrics table against scripted engine news, read back from the text clients scrape."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from octavo.observability.logging import ThroughputLog
+from octavo.observability.metrics import TABLE, Metrics, one_two_five
+from octavo.types import (
+    EngineInfo,
+    EngineOutput,
+    EngineOutputs,
+    EngineRequest,
+    FinishReason,
+    RequestTimes,
+    SamplingParams,
+    StepStats,
+)
+
+INFO = EngineInfo(
+    model="m",
+    architecture="a",
+    device="cpu",
+    dtype="float32",
+    kv_cache_dtype="float32",
+    vocab_size=10,
+    max_model_len=2048,
+    block_size=16,
+    num_blocks=100,
+    max_num_seqs=4,
+    max_num_batched_tokens=5,
+    phases={"load": 1.5},
+)
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """Every series by name and labels, those of the engine left out."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            extra = "".join(f"{{{k}={v}}}" for k, v in sorted(labels.items()))
+            found[sample.name + extra] = sample.value
+    return found
+
+
+def request(name: str, *, arrival: float, fork_of: str | None = None) -> EngineRequest:
+    return EngineRequest(
+        request_id=name,
+        prompt_token_ids=tuple(range(30)),
+        params=SamplingParams(max_tokens=7),
+        arrival_time=arrival,
+        fork_of=fork_of,
+    )
+
+
+def scripted() -> dict[str, float]:
+    """One request of n=2: tokens at 10.3 and 10.5, ended at 11; the fork is aborted."""
+    metrics = Metrics(INFO, model_name="name", cache_config={"enable_prefix_caching": True})
+    metrics.on_request(request("a-0", arrival=10.0))
+    metrics.on_request(request("a-1", arrival=10.0, fork_of="a-0"))
+    stats = StepStats(
+        num_running=2,
+        num_waiting=3,
+        num_blocks=100,
+        num_free_blocks=70,
+        num_cached_blocks=5,
+        num_owned_blocks=25,
+        num_wasted_slots=9,
+        num_scheduled_tokens=14,
+        prompt_tokens=14,
+        generation_tokens=1,
+        prefix_cache_queries=30,
+        prefix_cache_hits=16,
+        preemptions=1,
+        host_seconds=0.0004,
+    )
+    first = EngineOutput(request_id="a-0", new_token_ids=(1,), num_cached_tokens=16)
+    metrics.on_outputs(EngineOutputs(outputs=(first,), stats=stats), 10.3)
+    second = EngineOutput(request_id="a-0", new_token_ids=(2,))
+    metrics.on_outputs(EngineOutputs(outputs=(second,), stats=stats), 10.5)
+    times = RequestTimes(
+        arrival=10.0,
+        queued=10.05,
+        scheduled=10.1,
+        first_token=10.25,
+        last_token=10.95,
+        finished=10.95,
+        num_preemptions=1,
+    )
+    last = EngineOutput(
+        request_id="a-0", new_token_ids=(3,), finish_reason=FinishReason.STOP, times=times
+    )
+    gone = EngineOutput(request_id="a-1", finish_reason=FinishReason.ABORT)
+    metrics.on_outputs(EngineOutputs(outputs=(last, gone)), 11.0)
+    metrics.observe_http(handler="/v1/completions", method="POST", status=200, seconds=0.2)
+    metrics.observe_http(handler="/v1/completions", method="POST", status=404, seconds=0.2)
+    return samples(metrics)
+
+
+EXPECTED = {
+    "vllm:num_requests_running": 2,
+    "vllm:num_requests_waiting": 3,
+    "vllm:kv_cache_usage_perc": 0.25,
+    "vllm:prefix_cache_queries_total": 60,
+    "vllm:prefix_cache_hits_total": 32,
+    "vllm:num_preemptions_total": 2,
+    "vllm:prompt_tokens_total": 60,
+    "vllm:prompt_tokens_cached_total": 32,
+    "vllm:prompt_tokens_by_source_total{source=local_compute}": 28,
+    "vllm:generation_tokens_total": 2,
+    "vllm:request_success_total{finished_reason=stop}": 1,
+    "vllm:request_success_total{finished_reason=abort}": 1,
+    "vllm:request_success_total{finished_reason=length}": 0,
+    "vllm:time_to_first_token_seconds_sum": 0.3,
+    "vllm:inter_token_latency_seconds_sum": 0.7,
+    "vllm:inter_token_latency_seconds_count": 2,
+    "vllm:request_time_per_output_token_seconds_sum": 0.35,
+    "vllm:e2e_request_latency_seconds_sum": 2.0,
+    "vllm:e2e_request_latency_seconds_count": 2,
+    "vllm:request_queue_time_seconds_sum": 0.05,
+    "vllm:request_inference_time_seconds_sum": 0.85,
+    "vllm:request_prefill_time_seconds_sum": 0.15,
+    "vllm:request_decode_time_seconds_sum": 0.7,
+    "vllm:request_num_preemptions_sum": 1,
+    "vllm:request_prompt_tokens_sum": 60,
+    "vllm:request_generation_tokens_sum": 3,
+    "vllm:request_params_max_tokens_sum": 14,
+    "vllm:request_prefill_kv_computed_tokens_sum": 44,
+    "vllm:request_params_n_sum": 2,
+    "vllm:iteration_tokens_total_sum": 28,
+    "vllm:iteration_tokens_total_count": 2,
+    "octavo:kv_blocks{state=free}": 70,
+    "octavo:kv_blocks{state=cached}": 5,
+    "octavo:kv_blocks{state=owned}": 25,
+    "octavo:kv_wasted_slots": 9,
+    "octavo:step_host_seconds_sum": 0.0008,
+    "octavo:ready_seconds{phase=load}": 1.5,
+    "http_requests_total{handler=/v1/completions}{method=POST}{status=2xx}": 1,
+    "http_requests_total{handler=/v1/completions}{method=POST}{status=4xx}": 1,
+    "vllm:cache_config_info{block_size=16}{cache_dtype=float32}{enable_prefix_caching=True}"
+    "{num_gpu_blocks=100}": 1,
+}
+
+
+def test_figures_of_a_scripted_run() -> None:
+    found = scripted()
+    assert {name: found.get(name) for name in EXPECTED} == {
+        name: pytest.approx(value) for name, value in EXPECTED.items()
+    }
+    assert not [name for name in found if "_created" in name]
+
+
+def test_every_series_is_there_from_the_start() -> None:
+    text = Metrics(INFO, model_name="name").render().decode()
+    for name, row in TABLE.items():
+        if "handler" not in row.labels:
+            assert f"\n{name}" in "\n" + text, name
+    assert 'model_name="name"' in text
+
+
+def test_buckets() -> None:
+    assert one_two_five(2048) == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+    assert one_two_five(1) == (1,)
+
+
+def test_ended_requests_are_forgotten() -> None:
+    metrics = Metrics(INFO, model_name="name")
+    for i in range(10):
+        metrics.on_request(request(str(i), arrival=0.0))
+        end = EngineOutput(request_id=str(i), finish_reason=FinishReason.ERROR, error="no")
+        metrics.on_outputs(EngineOutputs(outputs=(end,)), 1.0)
+    assert not metrics._tracks
+
+
+def test_throughput_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("octavo.observability.logging.log.info", lines.append)
+    log = ThroughputLog(period=10.0)
+
+    def step(now: float, **fields: int) -> None:
+        log.on_outputs(EngineOutputs(stats=StepStats(num_blocks=10, **fields)), now)
+
+    step(100.0, num_running=1, prompt_tokens=50, prefix_cache_queries=40, prefix_cache_hits=10)
+    step(105.0, num_running=1, generation_tokens=20)
+    assert lines == []
+    step(110.0, num_running=2, num_waiting=1, num_owned_blocks=5, generation_tokens=20)
+    assert lines == [
+        "Avg prompt throughput: 5.0 tokens/s, Avg generation throughput: 4.0 tokens/s, "
+        "Running: 2 reqs, Waiting: 1 reqs, KV cache usage: 50.0%, Prefix cache hit rate: 25.0%"
+    ]
+    step(112.0)  # idle: what follows is a burst of its own
+    step(500.0, num_running=1, generation_tokens=10)
+    step(510.0, num_running=1, generation_tokens=10)
+    assert len(lines) == 2
+    assert "Avg generation throughput: 2.0 tokens/s" in lines[1]
