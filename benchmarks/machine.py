@@ -19,12 +19,14 @@ def cpu_model() -> str:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    lines = dict(
-        (key.strip(), value.strip())
+    lines = {
+        key.strip(): value.strip()
         for key, _, value in (line.partition(":") for line in info.splitlines())
-    )
+    }
     flags = set(lines.get("flags", "").split())
-    level = next((f for f in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if f in flags), "generic")
+    level = next(
+        (f for f in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if f in flags), "generic"
+    )
     return f"{lines.get('model name', platform.machine())} ({level})"
 
 

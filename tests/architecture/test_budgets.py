@@ -12,7 +12,14 @@ CLASS_METHODS = 20
 
 # Over budget, with the reason. Keep it short.
 ALLOWED_FILES: dict[str, str] = {}
-ALLOWED_FUNCTIONS: dict[str, str] = {}
+ALLOWED_FUNCTIONS: dict[str, str] = {
+    "kernels/octavo_kernels/paged_attention/microkernels.py:_make_weigh": (
+        "one register tile's machine code, emitted in one place"
+    ),
+    "kernels/octavo_kernels/rotary_kv_write/__init__.py:rotary_kv_write": (
+        "a fused op's signature and its call of 23 arguments are half of it"
+    ),
+}
 ALLOWED_CLASSES: dict[str, str] = {}
 
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc", "base_manager"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from octavo.checkpoint.source import resolve
 from octavo.config import ModelConfig
 from octavo.llm import LLM
@@ -48,7 +49,10 @@ def test_greedy_equals_transformers(reference: torch.nn.Module, real_prompts: li
             gap = float(logits[at, best[at]] - logits[at, ours[at]])
             ties.append((i, at, gap))
             assert gap < TIE, f"prompt {i}, token {at}: transformers prefers another by {gap}"
-    print(f"\n{num_equal} of 40 prompts equal over {NUM_TOKENS} tokens; ties (prompt, at, gap): {ties}")
+    print(
+        f"\n{num_equal} of 40 prompts equal over {NUM_TOKENS} tokens; "
+        f"ties (prompt, at, gap): {ties}"
+    )
     assert num_equal >= 38
 
 

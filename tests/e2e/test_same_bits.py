@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from octavo.llm import LLM, Generation
 
 BLOCKS = 1024
