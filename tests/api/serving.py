@@ -89,6 +89,7 @@ class ScriptedEngine:
         self.tokens_per_output = 1
         self.num_cached = 0
         self.dead: str | None = None
+        self.on_request: Callable[[EngineRequest], None] = lambda request: None
         self.fail: Callable[[EngineRequest, int], EngineOutput | None] = lambda request, step: None
 
     @property
@@ -124,6 +125,7 @@ class ScriptedEngine:
             raise EngineDeadError(self.dead)
         assert request.request_id not in self.live
         self.requests.append(request)
+        self.on_request(request)
         self.live.add(request.request_id)
         try:
             async for output in self._run(request):

@@ -52,11 +52,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("n", True, "integer"),
     ("max_tokens", -5, "got -5"),
     ("max_tokens", "7", "integer"),
-    ("max_tokens", 10**30, "context"),
+    ("max_tokens", 10**30, "2147483647"),
     ("max_tokens", 1000, "256"),
     ("min_tokens", -1, "0"),
     ("min_tokens", 17, "max_tokens"),
-    ("seed", 2**64, "less"),
+    ("seed", 2**64, "64-bit"),
     ("seed", 0.5, "integer"),
     ("stop", "", "1 to"),
     ("stop", ["a"] * 33, "32"),
@@ -67,6 +67,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("logit_bias", {"99999": 1}, "got 99999"),
     ("logit_bias", {"-1": 1}, "got -1"),
     ("logit_bias", {"a": 1}, "token ids"),
+    ("logit_bias", {" 5": 1}, "token ids"),
+    ("logit_bias", {"٥": 1}, "token ids"),
     ("logit_bias", {"5": 200}, "100"),
     ("allowed_token_ids", [], "1"),
     ("allowed_token_ids", [99999], "got 99999"),
@@ -153,6 +155,9 @@ def test_suffix_and_logprobs(http: httpx.Client) -> None:
     for extra in ({"suffix": "x"}, {"logprobs": 21}, {"best_of": 1, "n": 2}, {"logprobs": True}):
         error = error_of(http.post(TEXT, json=body | extra))
         assert next(iter(extra)) in error["message"]
+    error = error_of(http.post(TEXT, json={"prompt": [[5]] * 100, "n": 100}))
+    assert error["param"] == "n" and "4096" in error["message"]
+    error_of(http.post(TEXT, json={"prompt": [[5]] * 1025}))
     error = error_of(http.post(TEXT, json=body | {"best_of": 3, "stream": True}))
     assert error["param"] == "best_of"
     error = error_of(http.post(CHAT, json={"messages": HELLO, "logprobs": 1}))
@@ -212,8 +217,11 @@ def test_over_long_bodies(http: httpx.Client) -> None:
 
 
 def test_urls_and_methods(http: httpx.Client) -> None:
-    assert error_of(http.get("/no/such"), 404)["code"] == "unknown_url"
-    assert error_of(http.get(TEXT), 405)["code"] == "method_not_allowed"
+    error = error_of(http.get("/no/such"), 404)
+    assert error["code"] == "unknown_url" and "/no/such" in error["message"]
+    error = error_of(http.get(TEXT), 405)
+    assert error["code"] == "method_not_allowed" and "POST" in error["message"]
+    assert http.head("/health").status_code == 200
     error_of(http.delete("/v1/models"), 405)
     assert error_of(http.get("/v1/models/other"), 404)["code"] == "model_not_found"
 
@@ -263,6 +271,18 @@ def test_errors_in_a_stream_reach_the_client(client: openai.OpenAI, engine: Scri
     stream = client.completions.create(model="org/tiny", prompt="x", stream=True, temperature=0)
     with pytest.raises(openai.APIError, match="broken"):
         list(stream)
+
+
+def test_requests_that_the_server_ends(http: httpx.Client, engine: ScriptedEngine) -> None:
+    engine.fail = lambda request, step: (
+        EngineOutput(request_id=request.request_id, finish_reason=FinishReason.ABORT)
+        if step == 3
+        else None
+    )
+    body = {"prompt": [7], "temperature": 0}
+    assert error_of(http.post(TEXT, json=body), 503)["code"] == "aborted"
+    engine.script = [100] * 20
+    assert '"code":"aborted"' in http.post(TEXT, json=body | {"stream": True}).text
 
 
 def test_unexpected_errors_tell_nothing(http: httpx.Client, engine: ScriptedEngine) -> None:

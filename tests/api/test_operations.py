@@ -15,6 +15,7 @@ from octavo.api.lifecycle import Lifecycle
 from octavo.config import ModelConfig, SchedulerConfig, ServerConfig
 from octavo.observability.metrics import Metrics
 from octavo.text.tokenizer import Tokenizer
+from octavo.types import EngineOutput, EngineOutputs, FinishReason
 from tests.api.serving import EOS, ScriptedEngine, serving, wait_until
 
 TEXT = "/v1/completions"
@@ -147,6 +148,24 @@ def test_metrics(tokenizer: Tokenizer) -> None:
         'http_requests_total{handler="/v1/models/{model_id:path}",method="GET",status="4xx"} 1.0',
         'http_requests_total{handler="none",method="GET",status="4xx"} 1.0',
     ]
+
+
+def test_a_stop_string_is_no_abort(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(vocab_size=tokenizer.vocab_size)
+    metrics = Metrics(engine.info, model_name="tiny")
+    with (
+        serving(tokenizer=tokenizer, metrics=metrics) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        server.engine.script = tokenizer.encode("one two three")
+        server.engine.on_request = metrics.on_request
+        http.post(TEXT, json={"prompt": [5], "stop": "two"})
+        (request,) = server.engine.requests
+        ended = EngineOutput(request_id=request.request_id, finish_reason=FinishReason.ABORT)
+        metrics.on_outputs(EngineOutputs(outputs=(ended,)), 1.0)
+        text = http.get("/metrics").text
+    assert 'finished_reason="stop",model_name="tiny"} 1.0' in text
+    assert 'finished_reason="abort",model_name="tiny"} 0.0' in text
 
 
 def test_starting_draining_and_a_full_queue(tokenizer: Tokenizer) -> None:

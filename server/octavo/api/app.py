@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from octavo import __version__
 from octavo.api import chat, completions, models, operations, tokenization
-from octavo.api.errors import to_api_error
+from octavo.api.errors import for_route, to_api_error
 from octavo.api.front import Front, Metrics
 from octavo.api.lifecycle import Lifecycle, State
 from octavo.api.middleware import ApiKeys, RequestCounts, RequestIds, RootPath
@@ -70,7 +70,7 @@ def create_app(
     app.state.front = front
     for room in (chat, completions, models, tokenization, operations):
         app.include_router(room.routes(front))
-    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_unrouted)
     app.add_exception_handler(Exception, _answer_error)
     _add_middleware(app, front)
     return app
@@ -78,6 +78,11 @@ def create_app(
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return to_api_error(error).response()
+
+
+async def _answer_unrouted(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return for_route(error, method=request.method, path=request.url.path).response()
 
 
 def _add_middleware(app: FastAPI, front: Front) -> None:

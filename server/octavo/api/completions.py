@@ -11,12 +11,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.api.errors import ApiError
 from octavo.api.front import Front
 from octavo.api.generation import Job, Usage, gather_job, make_job, run_job, while_connected
 from octavo.api.logprobs import LogprobFormat, prompt_text
-from octavo.api.prompts import completion_prompts
+from octavo.api.prompts import completion_prompts, is_batch
 from octavo.api.request_body import answering, documented, read_model
-from octavo.api.schemas import CompletionRequest
+from octavo.api.schemas import MAX_TOTAL_CHOICES, CompletionRequest
 from octavo.api.sse import DONE, make_event, start_stream
 from octavo.engine.outputs import ChoiceDelta, ChoiceResult, best_choices
 from octavo.types import TokenLogprobs
@@ -47,6 +48,13 @@ def routes(front: Front) -> APIRouter:
 async def _prepare(front: Front, body: CompletionRequest, *, request_id: str) -> Job:
     front.check_model(body.model)
     per_prompt = max(body.n or 1, body.best_of or 1)
+    num_prompts = len(body.prompt) if is_batch(body.prompt) else 1
+    if num_prompts * per_prompt > MAX_TOTAL_CHOICES:
+        raise ApiError(
+            f"{num_prompts} prompts with n={per_prompt} choices each are "
+            f"{num_prompts * per_prompt}; at most {MAX_TOTAL_CHOICES} are allowed per request",
+            param="n",
+        )
     logprobs = body.logprobs
     if logprobs is None and per_prompt > (body.n or 1):
         logprobs = 0  # which are best is decided by them

@@ -129,8 +129,6 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, EngineDeadError):
         log.error("the engine is dead: %s", error)
         return UnavailableError(f"The engine is not running: {error}", code="engine_dead")
-    if isinstance(error, HTTPException):
-        return _from_http(error)
     log.error("unexpected error while answering a request", exc_info=error)
     return ApiError(
         "The server failed to answer; its log has the reason",
@@ -140,10 +138,16 @@ def to_api_error(error: Exception) -> ApiError:
     )
 
 
-def _from_http(error: HTTPException) -> ApiError:
+def for_route(error: HTTPException, *, method: str, path: str) -> ApiError:
+    """What routing found wrong with a request."""
+    messages = {
+        404: f"There is no {shown(path)} on this server",
+        405: f"{method} is not allowed on {shown(path)}; allowed: "
+        f"{(error.headers or {}).get('Allow', 'nothing')}",
+    }
     codes = {404: "unknown_url", 405: "method_not_allowed"}
     return ApiError(
-        str(error.detail),
+        messages.get(error.status_code, str(error.detail)),
         status=error.status_code,
         code=codes.get(error.status_code),
         headers=error.headers,

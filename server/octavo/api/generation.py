@@ -118,6 +118,9 @@ async def run_job(front: Front, job: Job) -> AsyncGenerator[ChoiceDelta, None]:
                     raise UnavailableError(
                         "The server ended the request: it is shutting down", code="aborted"
                     )
+                if front.metrics is not None and isinstance(delta.stop_reason, str):
+                    request_id = job.choices[delta.index].request.request_id
+                    front.metrics.on_stop_string(request_id)
                 yield delta
 
 

@@ -18,12 +18,14 @@ def routes(front: Front) -> APIRouter:
     """The endpoints, for one front end. None needs an API key."""
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="200 while the engine can make progress, else 503")
     @answering
     async def health(request: Request) -> Response:
         front.engine.check_health()
         return Response()
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", summary="200 while new requests are taken, else 503")
     @answering
     async def ready(request: Request) -> Response:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
-from octavo.api.errors import ApiError, from_validation
+from octavo.api.errors import ApiError, from_validation, shown
 from octavo.api.schemas import Generation
 from octavo.text.detokenizer import TextParams
 from octavo.types import SamplingParams
@@ -143,12 +143,13 @@ def _check_logprobs(front: Front, count: int | None, *, param: str) -> None:
 def _logit_bias(front: Front, bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     if not bias:
         return ()
-    try:
-        pairs = {int(token): value for token, value in bias.items()}
-    except ValueError as error:
-        raise ApiError(
-            f"logit_bias: keys must be token ids, {error}", param="logit_bias"
-        ) from error
+    for token in bias:
+        digits = token.removeprefix("-")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+            raise ApiError(
+                f"logit_bias: keys must be token ids, got {shown(token)}", param="logit_bias"
+            )
+    pairs = {int(token): value for token, value in bias.items()}
     front.check_token_ids(tuple(pairs), param="logit_bias")
     return tuple(sorted(pairs.items()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from octavo.api.errors import ApiError, ContextLengthError
 from octavo.api.front import Front
@@ -48,6 +49,11 @@ async def encode(front: Front, text: str, *, add_special_tokens: bool) -> list[i
         return await front.tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
     except UnicodeEncodeError as error:  # a lone surrogate
         raise ApiError(f"The text is not valid Unicode: {error.reason}") from error
+
+
+def is_batch(given: str | Sequence[Any]) -> bool:
+    """Whether a completions request's ``prompt`` is a list of prompts."""
+    return not isinstance(given, str) and not isinstance(given[0], int)
 
 
 async def completion_prompts(front: Front, body: CompletionRequest) -> list[Prompt]:

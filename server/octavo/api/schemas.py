@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 # Accepted and without effect: they concern OpenAI's accounts, storage and billing.
@@ -59,8 +59,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 1024
 MAX_PROMPTS = 1024
-MAX_CHOICES = 128
+MAX_CHOICES = 128  # per prompt
+MAX_TOTAL_CHOICES = 4096  # of a request: its prompts times the choices of each
 MAX_BAD_WORDS = 128
+_INT32 = 2**31 - 1
 _INT64 = 2**63
 
 
@@ -77,7 +79,14 @@ def _tokens_only(value: Any) -> Any:
     return value
 
 
+def _int64(value: int) -> int:
+    if not -_INT64 <= value < _INT64:
+        raise ValueError(f"must be a 64-bit integer, got {value!r:.40}")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_integral)]
+Int64 = Annotated[int, BeforeValidator(_integral), AfterValidator(_int64)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenIds = Annotated[list[int], BeforeValidator(_tokens_only)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -147,11 +156,11 @@ class Generation(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_stop)] = None
-    seed: Annotated[Int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    seed: Int64 | None = None
 
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[Int, Field(ge=-1, le=2**31)] | None = None
+    top_k: Annotated[Int, Field(ge=-1, le=_INT32)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -160,7 +169,7 @@ class Generation(Body):
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     bad_words: Annotated[list[Name], Field(max_length=MAX_BAD_WORDS)] | None = None
 
-    min_tokens: Annotated[Int, Field(ge=0)] | None = 0
+    min_tokens: Annotated[Int, Field(ge=0, le=_INT32)] | None = 0
     ignore_eos: bool | None = False
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = False
@@ -168,8 +177,8 @@ class Generation(Body):
     spaces_between_special_tokens: bool | None = True
 
     prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
-    truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None
-    priority: Annotated[Int, Field(ge=-_INT64, lt=_INT64)] | None = 0
+    truncate_prompt_tokens: Annotated[Int, Field(ge=-1, le=_INT32)] | None = None
+    priority: Int64 | None = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     return_token_ids: bool | None = False
@@ -208,7 +217,7 @@ class CompletionRequest(Generation):
     """``POST /v1/completions``"""
 
     prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
-    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    max_tokens: Annotated[Int, Field(ge=0, le=_INT32)] | None = None
     logprobs: Annotated[Int, Field(ge=0)] | None = None
     echo: bool | None = False
     best_of: Annotated[Int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -299,8 +308,8 @@ class ChatPrompt(Body):
 class ChatCompletionRequest(ChatPrompt, Generation):
     """``POST /v1/chat/completions``"""
 
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1, le=_INT32)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1, le=_INT32)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[Int, Field(ge=0)] | None = None
 
