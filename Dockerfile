@@ -20,7 +20,7 @@ COPY kernels /src/kernels
 RUN pip install -q --no-deps /src
 # The default model, its converted tokenizer and the machine code of the CPU kernels. On another
 # kind of CPU the kernels are compiled anew at the first start.
-ENV OCTAVO_CACHE=/opt/octavo/cache
+ENV OCTAVO_CACHE=/opt/octavo-cache NUMBA_CACHE_DIR=/opt/octavo-cache
 RUN octavo generate --max-tokens 2 "The capital of France is" \
  && cd /opt/octavo/lib/python3*/site-packages \
  && rm -rf torch/test torch/include torch/bin pip setuptools \
@@ -28,11 +28,13 @@ RUN octavo generate --max-tokens 2 "The capital of France is" \
  && chmod -R a+rX /opt/octavo
 
 FROM ${BASE_IMAGE}
-COPY --from=build /opt/octavo /opt/octavo
 RUN useradd --create-home --uid 10001 octavo
+COPY --from=build /opt/octavo /opt/octavo
+COPY --from=build --chown=10001:10001 /opt/octavo-cache /opt/octavo-cache
 USER octavo
 WORKDIR /home/octavo
-ENV PATH=/opt/octavo/bin:$PATH OCTAVO_CACHE=/opt/octavo/cache PYTHONUNBUFFERED=1
+ENV PATH=/opt/octavo/bin:$PATH PYTHONUNBUFFERED=1 \
+    OCTAVO_CACHE=/opt/octavo-cache NUMBA_CACHE_DIR=/opt/octavo-cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
   CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
