@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from octavo.engine.protocols import EngineDeadError
+from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineOutput, EngineRequest, FinishReason
 from tests.api.serving import ScriptedEngine, wait_until
 
@@ -172,6 +173,23 @@ def test_over_the_context(http: httpx.Client, engine: ScriptedEngine, url: str) 
     assert error["code"] == "context_length_exceeded"
     assert "256" in error["message"] and error["param"] in ("prompt", "messages")
     assert not engine.requests
+
+
+def test_far_over_the_context(
+    http: httpx.Client, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused without being encoded; /tokenize and truncation do encode it."""
+    long = "one two three " * 10_000
+    body = {"prompt": long, "max_tokens": 1}
+    assert http.post("/tokenize", json={"prompt": long}).json()["count"] > 10_000
+    cut = http.post(TEXT, json=body | {"truncate_prompt_tokens": 5})
+    assert cut.json()["usage"]["prompt_tokens"] == 5
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    for url in (TEXT, CHAT):
+        chat = {"messages": [{"role": "user", "content": long}]}
+        error = error_of(http.post(url, json=body if url == TEXT else chat))
+        assert error["code"] == "context_length_exceeded"
+        assert "256" in error["message"] and "at least" in error["message"]
 
 
 def test_prompt_and_max_tokens_over_the_context(http: httpx.Client) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.api.errors import ApiError, ContextLengthError
 from octavo.api.front import Front
-from octavo.api.schemas import ChatPrompt, CompletionRequest
+from octavo.api.schemas import ChatPrompt, CompletionRequest, Generation
 from octavo.text.chat_template import ChatTemplateError
 
 
@@ -40,6 +40,7 @@ async def render_chat(front: Front, body: ChatPrompt) -> list[int]:
         )
     except ChatTemplateError as error:
         raise ApiError(str(error), param="messages", code="chat_template_error") from error
+    _refuse_early(front, body, text, param="messages")
     return await encode(front, text, add_special_tokens=bool(body.add_special_tokens))
 
 
@@ -73,9 +74,24 @@ async def completion_prompts(front: Front, body: CompletionRequest) -> list[Prom
         front.check_token_ids(ids, param="prompt")
     prompts = [fit(front, body, ids, text=None, max_tokens=body.max_tokens) for ids in lists]
     for text in texts:
+        _refuse_early(front, body, text, param="prompt")
         ids = await encode(front, text, add_special_tokens=body.add_special_tokens is not False)
         prompts.append(fit(front, body, ids, text=text, max_tokens=body.max_tokens))
     return prompts
+
+
+def _refuse_early(
+    front: Front, body: ChatPrompt | CompletionRequest, text: str, *, param: str
+) -> None:
+    """Megabytes that cannot fit are refused before a core is busy with them for seconds."""
+    least, limit = front.tokenizer.least_tokens(text), front.engine.info.max_model_len
+    is_cut = getattr(body, "truncate_prompt_tokens", None) is not None
+    if least > limit and isinstance(body, Generation) and not is_cut:
+        raise ContextLengthError(
+            f"The model's context length is {limit} tokens; the prompt has {len(text)} "
+            f"characters, which are at least {least} tokens",
+            param=param,
+        )
 
 
 def fit(

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 # Accepted and without effect: they concern OpenAI's accounts, storage and billing.
@@ -213,10 +222,19 @@ def _prompt(value: Any) -> Any:
     )
 
 
+_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
+# Checked by `_prompt` alone: pydantic would try each member of the union on every token.
+PromptField = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_prompt),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": {"anyOf": [_TEXT, _IDS]}}, _IDS]}),
+]
+
+
 class CompletionRequest(Generation):
     """``POST /v1/completions``"""
 
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_prompt)]
+    prompt: PromptField
     max_tokens: Annotated[Int, Field(ge=0, le=_INT32)] | None = None
     logprobs: Annotated[Int, Field(ge=0)] | None = None
     echo: bool | None = False

@@ -108,6 +108,16 @@ class Tokenizer:
         """The highest token id and one; the model's own vocabulary may be larger."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def _most_chars(self) -> int:
+        """Characters of text that one token may stand for, at the very most. Normalisers may
+        compose some: four times the longest entry is beyond them."""
+        return 4 * max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens ``text`` surely has, without encoding it."""
+        return len(text) // self._most_chars if self.is_bytewise else 0
+
     # ---- text -> ids -----------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
