@@ -14,18 +14,18 @@ ENV PATH=/opt/octavo/bin:$PATH
 # Dependencies first: this layer survives changes of our own code.
 COPY pyproject.toml README.md LICENSE /src/
 COPY server/octavo/__init__.py /src/server/octavo/__init__.py
-RUN mkdir -p /src/kernels && pip install -q /src && pip uninstall -q -y octavo
+RUN mkdir -p /src/kernels && pip install -q /src && pip uninstall -q -y octavo \
+ && cd /opt/octavo/lib/python3*/site-packages \
+ && rm -rf torch/test torch/include \
+ && find torch/bin -type f ! -name torch_shm_manager -delete \
+ && find . -name '*.a' -delete
 COPY server /src/server
 COPY kernels /src/kernels
 RUN pip install -q --no-deps /src
 # The default model, its converted tokenizer and the machine code of the CPU kernels. On another
 # kind of CPU the kernels are compiled anew at the first start.
 ENV OCTAVO_CACHE=/opt/octavo-cache NUMBA_CACHE_DIR=/opt/octavo-cache
-RUN octavo generate --max-tokens 2 "The capital of France is" \
- && cd /opt/octavo/lib/python3*/site-packages \
- && rm -rf torch/test torch/include torch/bin pip setuptools \
- && find . -name '*.a' -delete \
- && chmod -R a+rX /opt/octavo
+RUN octavo generate --max-tokens 2 "The capital of France is" && chmod -R a+rX /opt/octavo
 
 FROM ${BASE_IMAGE}
 RUN useradd --create-home --uid 10001 octavo
