@@ -262,6 +262,9 @@ class AsyncEngine:
             message = await self._front.receive()
             if isinstance(message, ipc.Step):
                 self._dispatch(message.outputs)
+                # While messages are waiting, receive() does not yield: the readers, signals and
+                # new requests must have their turn all the same.
+                await asyncio.sleep(0)
             elif isinstance(message, ipc.Dead):
                 self._die(message.reason)
                 return

@@ -5,6 +5,7 @@ engine that knows the data plane; it runs in the engine process, or in the user'
 from __future__ import annotations
 
 from octavo.checkpoint.default_model import DEFAULT_MODEL_NAME
+from octavo.checkpoint.source import resolve
 from octavo.clock import MonotonicClock
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
@@ -54,6 +55,8 @@ def _worker(config: EngineConfig) -> tuple[Executor, EngineInfo]:
 def _fake(config: EngineConfig) -> tuple[Executor, EngineInfo]:
     from octavo.engine.fake import FakeExecutor  # lazy: tests only
 
+    # The default model is not fetched for this; 49152 is the size of its vocabulary.
+    vocab_size = resolve(config.model).spec.vocab_size if config.model.model else 49152
     block_size = config.cache.block_size
     max_model_len = config.model.max_model_len or 2048
     info = EngineInfo(
@@ -62,7 +65,7 @@ def _fake(config: EngineConfig) -> tuple[Executor, EngineInfo]:
         device="cpu",
         dtype="float32",
         kv_cache_dtype="float32",
-        vocab_size=49152,
+        vocab_size=vocab_size,
         max_model_len=max_model_len,
         block_size=block_size,
         num_blocks=config.cache.num_gpu_blocks_override or 4 * (max_model_len // block_size + 1),

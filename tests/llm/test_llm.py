@@ -1,0 +1,188 @@
+"""The offline engine: what it imports, what it answers, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from octavo.config import EngineConfig
+from octavo.engine.build import build_engine
+from octavo.engine.fake import fake_output
+from octavo.engine.options import GenerationOptions, choice_seed
+from octavo.llm import LLM, engine_config
+from octavo.types import FinishReason, SamplingParams
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+
+    def fake(config: EngineConfig) -> object:
+        return build_engine(config, use_fake_executor=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("octavo.llm.build_engine", fake)
+        return LLM(str(folder), load_format="dummy", max_model_len=256, check_kv_invariants=True)
+
+
+def expected(llm: LLM, num_prompt: int, *, max_tokens: int, seed: int) -> list[int]:
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True)
+    return fake_output(num_prompt, params, max_model_len=256, vocab_size=llm.info.vocab_size)
+
+
+def test_needs_nothing_of_the_server() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('fastapi', 'starlette', 'uvicorn', 'pydantic', 'msgspec', 'zmq',\n"
+        "             'aiohttp', 'prometheus_client', 'uvloop'):\n"
+        "    sys.modules[name] = None\n"
+        "import octavo\n"
+        "octavo.LLM, octavo.SamplingParams\n"
+        "import octavo.worker.worker\n"
+    )
+    roots = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": roots},
+        check=True,
+        timeout=120,
+    )
+
+
+def test_prompts_of_every_kind(llm: LLM) -> None:
+    (one,) = llm.generate([5, 6, 7], max_tokens=4, seed=3, ignore_eos=True)
+    assert one.prompt is None
+    assert one.prompt_token_ids == (5, 6, 7)
+    assert list(one.token_ids) == expected(llm, 3, max_tokens=4, seed=3)
+    assert one.finish_reason is FinishReason.LENGTH
+    (text,) = llm.generate("abc", max_tokens=2)
+    assert (text.prompt, len(text.token_ids)) == ("abc", 2)
+    many = llm.generate([[1, 2], "abc", [3]], {"max_tokens": 3, "seed": 1, "ignore_eos": True})
+    assert [len(g.token_ids) for g in many] == [3, 3, 3]
+    assert list(many[2].token_ids) == expected(llm, 1, max_tokens=3, seed=1)
+
+
+def test_options_per_prompt(llm: LLM) -> None:
+    answers = llm.generate([[1], [2]], [{"max_tokens": 2}, SamplingParams(max_tokens=3)])
+    assert [len(a.token_ids) for a in answers] == [2, 3]
+    with pytest.raises(ValueError, match="2 prompts and 1 params"):
+        llm.generate([[1], [2]], [None])
+
+
+def test_n_draws_different_answers(llm: LLM) -> None:
+    (answer,) = llm.generate([5] * 20, n=3, seed=9, max_tokens=5, ignore_eos=True)
+    assert [o.index for o in answer.outputs] == [0, 1, 2]
+    for i, output in enumerate(answer.outputs):
+        assert list(output.token_ids) == expected(llm, 20, max_tokens=5, seed=choice_seed(9, i))
+
+
+def test_logprobs(llm: LLM) -> None:
+    (answer,) = llm.generate([1, 2, 3], max_tokens=4, logprobs=2, prompt_logprobs=1)
+    assert [p.token_id for p in answer.logprobs] == list(answer.token_ids)
+    assert [p.token_id for p in answer.prompt_logprobs or ()] == [2, 3]
+
+
+def test_stream_can_be_left(llm: LLM) -> None:
+    deltas = llm.stream([1, 2, 3], max_tokens=5, seed=2, ignore_eos=True)
+    tokens = [t for delta in deltas for t in delta.token_ids]
+    assert tokens == expected(llm, 3, max_tokens=5, seed=2)
+    stream = llm.stream([1, 2, 3], ignore_eos=True)
+    next(stream)
+    stream.close()
+    (after,) = llm.generate([1, 2, 3], max_tokens=5, seed=2, ignore_eos=True)
+    assert list(after.token_ids) == tokens
+
+
+def test_a_stop_string_ends_it(llm: LLM) -> None:
+    tokens = expected(llm, 1, max_tokens=40, seed=4)
+    text = llm.tokenizer.decode(tokens)
+    word = text[len(text) // 2 :][:3]
+    assert len(word) == 3
+    (answer,) = llm.generate([1], max_tokens=200, seed=4, ignore_eos=True, stop=word)
+    assert answer.finish_reason is FinishReason.STOP
+    assert answer.outputs[0].stop_reason == word
+    assert answer.text == text[: text.index(word)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_token": 3}, "unknown option 'max_token'; did you mean max_tokens?"),
+        ({"temperature": 9}, "temperature must be a number from 0 to 2, got 9"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0 to 2, got nan"),
+        ({"top_p": "x"}, "top_p must be a number from 0 to 1, got 'x'"),
+        ({"n": 0}, "n must be a whole number from 1 to 128, got 0"),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number"),
+        ({"max_tokens": 1000}, "more than the context of 256"),
+        ({"stop": [""]}, "stop must hold non-empty texts"),
+        ({"logprobs": 99}, "logprobs must be a whole number from 0 to 20, got 99"),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids must be a whole number from 0"),
+        ({"logit_bias": {1: 500}}, "logit_bias: a bias must be a number from -100 to 100"),
+    ],
+)
+def test_wrong_options(llm: LLM, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        llm.generate([1, 2], **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "a prompt is empty"),
+        ([1] * 300, "a prompt has 300 tokens, more than the context of 256"),
+        ([-1], "a prompt must be a whole number from 0"),
+        ([10**7], "a prompt must be a whole number from 0"),
+    ],
+)
+def test_wrong_prompts(llm: LLM, prompt: str | list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompt)
+    assert len(llm.generate([1], max_tokens=1)) == 1
+
+
+def test_no_chat_template(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "hi"}])
+
+
+def test_engine_options() -> None:
+    config = engine_config("m", {"block_size": 32, "max_num_seqs": 8, "dtype": "float16"})
+    assert (config.model.model, config.cache.block_size) == ("m", 32)
+    with pytest.raises(ValueError, match="unknown option 'blocksize'; did you mean block_size?"):
+        engine_config("m", {"blocksize": 32})
+    with pytest.raises(ValueError, match="block_size must be one of"):
+        engine_config("m", {"block_size": 33})
+
+
+def test_offline_choices_are_the_servers() -> None:
+    from octavo.api.params import choice_seed as served
+
+    for seed in (0, 1, 2**64 - 1, 12345):
+        assert [choice_seed(seed, i) for i in range(9)] == [served(seed, i) for i in range(9)]
+
+
+def test_options_default_to_the_models() -> None:
+    assert GenerationOptions().temperature is None
+    assert GenerationOptions(stop="x").text_params().stop == ("x",)
