@@ -32,12 +32,10 @@ class Target:
     url: str
     is_chat: bool
     model: str
-    headers: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Any] = field(default_factory=dict)  # sampling options, extra body
     ignore_eos: bool = False
     logprobs: int | None = None
     request_id_prefix: str = ""
-    verify_tls: bool = True
 
     def payload(self, prompt: Prompt) -> dict[str, Any]:
         """The JSON body for `prompt`."""
@@ -97,12 +95,14 @@ class Result:
         return (self.last - self.first) / (self.output_len - 1) if self.output_len > 1 else None
 
 
-def open_session(target: Target, *, timeout: float = 6 * 3600) -> aiohttp.ClientSession:
+def open_session(
+    headers: Mapping[str, str], *, verify_tls: bool = True, timeout: float = 6 * 3600
+) -> aiohttp.ClientSession:
     """A session with as many connections as are asked for, each kept for reuse."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=target.verify_tls),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=verify_tls),
         timeout=aiohttp.ClientTimeout(total=timeout),
-        headers=dict(target.headers),
+        headers=dict(headers),
         trust_env=True,
     )
 

@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace, plan: Plan) -> int:
     # Lazy: `octavo --help` must not pay for aiohttp and numpy.
-    from octavo.bench.client import ENDPOINTS, Target, open_session
+    from octavo.bench.client import open_session
     from octavo.bench.report import as_json, render, summarize
     from octavo.bench.tokenizers import load_tokenizer
     from octavo.cli.options import environment_api_key
@@ -165,25 +165,13 @@ async def _run(args: argparse.Namespace, plan: Plan) -> int:
     headers = dict(plan.headers)
     if (key := environment_api_key()) is not None:
         headers.setdefault("Authorization", f"Bearer {key}")
-    probe = Target(
-        url=base_url, is_chat=False, model="", headers=headers, verify_tls=not args.insecure
-    )
-    async with open_session(probe) as session:
+    async with open_session(headers, verify_tls=not args.insecure) as session:
         found = await _find_model(session, base_url, timeout=args.ready_check_timeout_sec)
         model = args.served_model_name or args.model or found.id
         tokenizer_id = args.tokenizer or args.model or found.root
         print(f"model {model}, tokenizer {tokenizer_id}, data set {args.dataset_name}")
         prompts = load_dataset(args, load_tokenizer(tokenizer_id))
-        target = Target(
-            url=base_url + (args.endpoint or ENDPOINTS[args.backend]),
-            is_chat=args.backend == "openai-chat",
-            model=model,
-            headers=headers,
-            body=_sampling(args) | args.extra_body,
-            ignore_eos=args.ignore_eos,
-            logprobs=args.logprobs,
-            request_id_prefix=args.request_id_prefix,
-        )
+        target = _target(args, base_url=base_url, model=model)
         await _warm_up(session, target, prompts, args)
         started = datetime.now().strftime("%Y%m%d-%H%M%S")
         results, duration = await measure(
@@ -245,6 +233,20 @@ async def _find_model(session: aiohttp.ClientSession, base_url: str, *, timeout:
         if time.monotonic() >= deadline:
             raise ValueError(f"no server answers at {base_url}: {problem}")
         await asyncio.sleep(0.25)
+
+
+def _target(args: argparse.Namespace, *, base_url: str, model: str) -> Target:
+    from octavo.bench.client import ENDPOINTS, Target  # lazy, as in _run
+
+    return Target(
+        url=base_url + (args.endpoint or ENDPOINTS[args.backend]),
+        is_chat=args.backend == "openai-chat",
+        model=model,
+        body=_sampling(args) | args.extra_body,
+        ignore_eos=args.ignore_eos,
+        logprobs=args.logprobs,
+        request_id_prefix=args.request_id_prefix,
+    )
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
