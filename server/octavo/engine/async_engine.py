@@ -159,7 +159,7 @@ class AsyncEngine:
                     return receive.result()
                 if exited:  # before the wait: its last words have had their time
                     raise EngineStartError(
-                        f"the engine process ended while starting ({self._exit_words()})",
+                        f"the engine process ended while starting ({self._process.exit_words})",
                         is_user_error=False,
                     )
         finally:
@@ -180,12 +180,6 @@ class AsyncEngine:
     async def wait_dead(self) -> str:
         """Waits until the engine is dead; the reason."""
         return await asyncio.shield(self._dead)
-
-    def _exit_words(self) -> str:
-        code = self._process.exit_code
-        if code is None:
-            return "it still runs"
-        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
     # ---- requests --------------------------------------------------------------------------
 
@@ -293,7 +287,7 @@ class AsyncEngine:
         while self._process.exit_code is None:
             await asyncio.sleep(_PROCESS_POLL_SECONDS)
         await asyncio.sleep(_PROCESS_POLL_SECONDS)  # its last words may still be in the socket
-        self._die(f"the engine process ended ({self._exit_words()})")
+        self._die(f"the engine process ended ({self._process.exit_words})")
 
     def _die(self, reason: str) -> None:
         if not self._dead.done():

@@ -67,6 +67,14 @@ class EngineProcess:
         """None while the process lives; negative is the signal that killed it."""
         return self._process.poll()
 
+    @property
+    def exit_words(self) -> str:
+        """How it ended, for people."""
+        code = self.exit_code
+        if code is None:
+            return "it still runs"
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
     def close(self, *, timeout: float = 5.0) -> None:
         """Waits `timeout` seconds for the process to leave by itself, then kills it."""
         if self._process.stdin is not None:
