@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -59,3 +61,15 @@ def test_collect_needs_a_step(kind: type[InlineExecutor | ThreadExecutor]) -> No
     with pytest.raises(AssertionError, match="collect without submit"):
         executor.collect()
     executor.close()
+
+
+def test_dropping_an_executor_ends_its_thread_and_frees_what_it_ran() -> None:
+    runner = Recorder()
+    executor = ThreadExecutor(runner)
+    executor.submit(SchedulerOutput(step=0))
+    executor.collect()
+    thread, freed = executor._thread, weakref.ref(runner)
+    del executor, runner
+    gc.collect()
+    assert not thread.is_alive()
+    assert freed() is None

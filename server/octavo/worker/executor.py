@@ -3,13 +3,16 @@ content."""
 
 from __future__ import annotations
 
-import atexit
 import queue
 import threading
+import weakref
 from collections import deque
 from typing import Protocol
 
 from octavo.types import ModelOutput, SchedulerOutput
+
+_Steps = queue.SimpleQueue[SchedulerOutput | None]
+_Results = queue.SimpleQueue[ModelOutput | BaseException]
 
 
 class StepRunner(Protocol):
@@ -43,20 +46,19 @@ class ThreadExecutor:
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
-        self._steps: queue.SimpleQueue[SchedulerOutput | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[ModelOutput | BaseException] = queue.SimpleQueue()
+        self._steps: _Steps = queue.SimpleQueue()
+        self._results: _Results = queue.SimpleQueue()
         self._num_in_flight = 0
-        self._thread = threading.Thread(target=self._work, name="octavo-worker", daemon=True)
+        # The thread does not know this object: dropping it frees the model. At the interpreter's
+        # end too, as a thread that is ended in the middle of native code takes the process down.
+        self._thread = threading.Thread(
+            target=_work,
+            args=(runner, self._steps, self._results),
+            name="octavo-worker",
+            daemon=True,
+        )
         self._thread.start()
-        # A thread that the interpreter ends in the middle of native code takes the process down.
-        atexit.register(self.close)
-
-    def _work(self) -> None:
-        while (step := self._steps.get()) is not None:
-            try:
-                self._results.put(self._runner.execute(step))
-            except BaseException as error:  # the collector raises it in the engine's thread
-                self._results.put(error)
+        self._end = weakref.finalize(self, _end, self._thread, self._steps)
 
     def submit(self, step: SchedulerOutput) -> None:
         assert self._thread.is_alive(), "submit after close"
@@ -73,6 +75,18 @@ class ThreadExecutor:
 
     def close(self) -> None:
         """Waits for submitted steps; their results are dropped."""
-        atexit.unregister(self.close)
-        self._steps.put(None)
-        self._thread.join()
+        self._end()
+
+
+def _work(runner: StepRunner, steps: _Steps, results: _Results) -> None:
+    while (step := steps.get()) is not None:
+        try:
+            results.put(runner.execute(step))
+        except BaseException as error:  # the collector raises it in the engine's thread
+            results.put(error)
+
+
+def _end(thread: threading.Thread, steps: _Steps) -> None:
+    steps.put(None)
+    if thread is not threading.current_thread():  # where a garbage collection may run
+        thread.join()
