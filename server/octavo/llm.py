@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +119,8 @@ class LLM:
         self._defaults = files.generation_config if uses_model else {}
         self._template: ChatTemplate | None = None
         self._ids = itertools.count()
+        # Whoever turns the loop reads for all: each job, and those its caller waits for.
+        self._live: dict[str, tuple[_Job, dict[str, _Job]]] = {}
         self.num_preemptions = 0  # of all requests so far
         self.info: EngineInfo
         self._core, self.info = build_engine(self.config)
@@ -173,8 +178,11 @@ class LLM:
         jobs = self._jobs(prompt, params, options, default_max_tokens=self.info.max_model_len)
         running = self._start(jobs)
         try:
-            while running:
-                self._step(running)
+            is_over = False
+            while not is_over:
+                if running:  # they may have ended while another call turned the loop
+                    self._step()
+                is_over = not running
                 for job in jobs:
                     yield from job.deltas
                     job.deltas.clear()
@@ -276,27 +284,35 @@ class LLM:
             with tqdm(total=len(running), desc="generations", disable=not use_tqdm) as bar:
                 while running:
                     before = len(running)
-                    self._step(running)
+                    self._step()
                     bar.update(before - len(running))
         finally:
             self._abort(running)
         return [self._generation(jobs) for jobs in groups]
 
     def _start(self, jobs: Sequence[_Job]) -> dict[str, _Job]:
-        for job in jobs:
-            self._core.add_request(job.choice.request)
-        return {job.choice.request.request_id: job for job in jobs}
+        """Adds the jobs; those that have not ended are in the returned dict, by request id."""
+        running = {job.choice.request.request_id: job for job in jobs}
+        try:
+            for request_id, job in running.items():
+                self._live[request_id] = (job, running)
+                self._core.add_request(job.choice.request)
+        except BaseException:
+            self._abort(running)
+            raise
+        return running
 
-    def _step(self, running: dict[str, _Job]) -> None:
-        """One engine step; takes what has ended out of ``running``."""
+    def _step(self) -> None:
+        """One engine step; takes every job that has ended out of its caller's dict."""
         assert self._core.has_work, "requests are running and the engine has nothing to do"
-        step = self._core.step()
-        if step.stats is not None:
-            self.num_preemptions += step.stats.preemptions
-        for output in step.outputs:
-            job = running.get(output.request_id)
-            if job is not None and self._read(job, output):
-                del running[output.request_id]
+        with _unbroken():
+            step = self._core.step()
+            if step.stats is not None:
+                self.num_preemptions += step.stats.preemptions
+            for output in step.outputs:
+                job, running = self._live.get(output.request_id, (None, {}))
+                if job is not None and self._read(job, output):
+                    del self._live[output.request_id], running[output.request_id]
 
     def _read(self, job: _Job, output: EngineOutput) -> bool:
         """Whether the choice has ended."""
@@ -316,6 +332,8 @@ class LLM:
     def _abort(self, running: dict[str, _Job]) -> None:
         if running:
             self._core.abort(list(running))
+            for request_id in running:
+                self._live.pop(request_id, None)
             running.clear()
 
     def _generation(self, jobs: Sequence[_Job]) -> Generation:
@@ -327,6 +345,31 @@ class LLM:
             num_cached_tokens=jobs[0].result.num_cached_tokens,
             prompt_logprobs=jobs[0].result.prompt_logprobs,
         )
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Puts Ctrl-C off to the end of the block: a step that is left half-way leaves an engine that
+    no longer knows what it computes. The second Ctrl-C is obeyed at once."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    is_interrupted = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal is_interrupted
+        if is_interrupted:
+            raise KeyboardInterrupt
+        is_interrupted = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if is_interrupted:
+        raise KeyboardInterrupt
 
 
 def _completion(job: _Job) -> Completion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -186,3 +187,49 @@ def test_offline_choices_are_the_servers() -> None:
 def test_options_default_to_the_models() -> None:
     assert GenerationOptions().temperature is None
     assert GenerationOptions(stop="x").text_params().stop == ("x",)
+
+
+def test_streams_and_calls_may_interleave(llm: LLM) -> None:
+    first = llm.stream([5, 6, 7], max_tokens=12, seed=3, ignore_eos=True)
+    second = llm.stream([5, 6], max_tokens=20, seed=4, ignore_eos=True)
+    got: list[int] = [*next(first).token_ids]
+    others: list[int] = [*next(second).token_ids]
+    got += next(first).token_ids
+    (between,) = llm.generate([9], max_tokens=16, seed=5, ignore_eos=True)
+    assert list(between.token_ids) == expected(llm, 1, max_tokens=16, seed=5)
+    for delta in second:
+        others += delta.token_ids
+    for delta in first:
+        got += delta.token_ids
+    assert got == expected(llm, 3, max_tokens=12, seed=3)
+    assert others == expected(llm, 2, max_tokens=20, seed=4)
+
+
+def test_an_interrupted_call_leaves_a_usable_engine(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = llm._core._executor
+    collect = type(executor).collect
+    num_left = 3
+
+    def collect_and_interrupt(self: object) -> object:
+        nonlocal num_left
+        num_left -= 1
+        if num_left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return collect(executor)
+
+    monkeypatch.setattr(type(executor), "collect", collect_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6, 7]] * 4, max_tokens=30)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    (after,) = llm.generate([5, 6, 7], max_tokens=4, seed=3, ignore_eos=True)
+    assert list(after.token_ids) == expected(llm, 3, max_tokens=4, seed=3)
+    assert not llm._live and llm._core.scheduler.num_unfinished == 0
+
+
+def test_a_call_that_cannot_start_leaves_nothing_running(llm: LLM) -> None:
+    bad = SamplingParams(max_tokens=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        llm.generate([[5], [6]], [SamplingParams(max_tokens=9), bad])
+    assert not llm._live and llm._core.scheduler.num_unfinished == 0
