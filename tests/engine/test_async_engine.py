@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
-from octavo.config import CacheConfig, EngineConfig, ModelConfig
+from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.engine.async_engine import AsyncEngine, EngineStartError
 from octavo.engine.fake import fake_output
 from octavo.engine.launch import EngineProcess
@@ -201,6 +202,43 @@ def test_no_progress_is_no_health() -> None:
         engine.check_health()
 
     with_engine(test, stall_seconds=0.0)
+
+
+def test_a_step_that_may_hold_more_tokens_may_take_longer() -> None:
+    async def test(engine: AsyncEngine, process: EngineProcess) -> None:
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            stream = engine.generate(request("a"))
+            began = engine._last_progress
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("octavo.engine.async_engine.time.monotonic", lambda: began + 190)
+                engine.check_health()
+                patch.setattr("octavo.engine.async_engine.time.monotonic", lambda: began + 210)
+                with pytest.raises(EngineDeadError, match="for 210 seconds"):
+                    engine.check_health()
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        async for _ in stream:
+            pass
+
+    config = replace(CONFIG, scheduler=SchedulerConfig(max_num_batched_tokens=5120))
+    with_engine(test, config=config, stall_seconds=10.0)
+
+
+def test_a_request_that_cannot_be_sent_holds_up_no_other() -> None:
+    async def test(engine: AsyncEngine, process: EngineProcess) -> None:
+        told: list[BaseException] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: told.append(context["exception"])
+        )
+        lost = engine.generate(replace(request("lost"), priority=2**70))
+        await asyncio.sleep(0)
+        assert len(told) == 1
+        outputs = await collect(engine, request("a"))
+        assert outputs[-1].finish_reason is FinishReason.LENGTH
+        await lost.aclose()
+
+    with_engine(test)
 
 
 def test_closing_ends_open_streams() -> None:

@@ -18,6 +18,7 @@ from octavo.engine.protocols import EngineDeadError
 from octavo.types import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
 
 _PROCESS_POLL_SECONDS = 0.5
+_STALL_TOKENS = 256  # a step may take its stall time for each of these that it may hold
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ class AsyncEngine:
     """`octavo.engine.protocols.Engine` over the engine process.
 
     Made and used on one asyncio loop. `stall_seconds`: how long running requests may go without
-    any step before the engine counts as unhealthy; a step takes seconds at the very most.
+    any step before the engine counts as unhealthy, for each 256 tokens of the step budget: a long
+    prompt in one step is no stall. A usual step takes a second at the very most.
     """
 
     def __init__(self, process: EngineProcess, *, stall_seconds: float = 120.0) -> None:
@@ -142,6 +144,7 @@ class AsyncEngine:
             raise EngineStartError(message.message, is_user_error=message.is_user_error)
         assert isinstance(message, ipc.Ready), message
         self._info = message.info
+        self._stall_seconds *= max(1.0, message.info.max_num_batched_tokens / _STALL_TOKENS)
         self._tasks = [
             asyncio.create_task(self._receive(), name="engine-receive"),
             asyncio.create_task(self._watch(), name="engine-watch"),
@@ -239,9 +242,9 @@ class AsyncEngine:
             raise EngineDeadError(self._dead.result())
 
     def _flush(self) -> None:
-        if self._outbox and not self._dead.done():
-            self._front.send(ipc.AddRequests(tuple(self._outbox)))
-        self._outbox.clear()
+        requests, self._outbox = self._outbox, []  # first: what cannot be sent must not stay
+        if requests and not self._dead.done():
+            self._front.send(ipc.AddRequests(tuple(requests)))
 
     def _leave(self, request_id: str, inbox: _Inbox) -> None:
         if self._inboxes.get(request_id) is inbox:
