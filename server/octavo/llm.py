@@ -20,7 +20,9 @@ from octavo.checkpoint.source import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.engine.build import build_engine
 from octavo.engine.options import (
+    Defaults,
     GenerationOptions,
+    SeedSource,
     check_token_ids,
     choice_seed,
     sampling_params,
@@ -116,7 +118,10 @@ class LLM:
             self.config.model.tokenizer or files.tokenizer_dir
         )
         uses_model = self.config.model.generation_config == "auto"
-        self._defaults = files.generation_config if uses_model else {}
+        self._defaults = (
+            Defaults.from_generation_config(files.generation_config) if uses_model else Defaults()
+        )
+        self._seeds = SeedSource(self.config.model.seed)
         self._template: ChatTemplate | None = None
         self._ids = itertools.count()
         # Whoever turns the loop reads for all: each job, and those its caller waits for.
@@ -235,15 +240,28 @@ class LLM:
             n, text = asked.n, asked.text_params()
             base = sampling_params(
                 asked,
-                num_prompt_tokens=len(ids),
-                default_max_tokens=default_max_tokens,
-                model_defaults=self._defaults,
+                max_tokens=self._max_tokens(asked, len(ids), default=default_max_tokens),
+                seed=self._seeds.draw() if asked.seed is None else asked.seed,
+                defaults=self._defaults,
                 info=self.info,
                 tokenizer=self.tokenizer,
                 max_logprobs=self.config.model.max_logprobs,
             )
         number = next(self._ids)
         return [self._job(number, i, prompt, ids, text, base) for i in range(n)]
+
+    def _max_tokens(self, asked: GenerationOptions, num_prompt_tokens: int, *, default: int) -> int:
+        limit = self.info.max_model_len
+        room = limit - num_prompt_tokens
+        if asked.max_tokens is None:
+            usual = self._defaults.max_new_tokens
+            return min(default if usual is None else usual, room)
+        if asked.max_tokens > room:
+            raise ValueError(
+                f"the prompt has {num_prompt_tokens} tokens and max_tokens is {asked.max_tokens}, "
+                f"more than the context of {limit} in all"
+            )
+        return asked.max_tokens
 
     def _job(
         self,

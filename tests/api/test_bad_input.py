@@ -10,6 +10,8 @@ import httpx
 import openai
 import pytest
 
+from octavo.api.schemas import CompletionRequest
+from octavo.engine.options import GenerationOptions
 from octavo.engine.protocols import EngineDeadError
 from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineOutput, EngineRequest, FinishReason
@@ -47,6 +49,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("presence_penalty", 2.5, "2"),
     ("frequency_penalty", -3, "-2"),
     ("repetition_penalty", 0, "0"),
+    ("repetition_penalty", 1e-300, "0.001"),
     ("repetition_penalty", 1e30, "100"),
     ("n", 0, "1"),
     ("n", 129, "128"),
@@ -321,3 +324,53 @@ def test_dead_engine(http: httpx.Client, engine: ScriptedEngine) -> None:
     for url in ("/health", "/ready", "/ping"):
         error_of(http.get(url), 503)
     assert EngineDeadError("x").args == ("x",)
+
+
+def test_options_that_leave_no_token(http: httpx.Client, tokenizer: Tokenizer) -> None:
+    (comma,) = tokenizer.encode(",", add_special_tokens=False)
+    for other in ({"bad_words": [","]}, {"min_tokens": 1, "stop_token_ids": [comma]}):
+        body = {"prompt": "hello", "allowed_token_ids": [comma], **other}
+        error = error_of(http.post(TEXT, json=body))
+        assert error["param"] == "allowed_token_ids" and "no token" in error["message"]
+
+
+def test_too_many_logprobs_name_the_endpoints_field(http: httpx.Client) -> None:
+    error = error_of(http.post(TEXT, json={"prompt": "a", "logprobs": 21}))
+    assert error["param"] == "logprobs"
+    body = {"messages": HELLO, "logprobs": True, "top_logprobs": 21}
+    assert error_of(http.post(CHAT, json=body))["param"] == "top_logprobs"
+
+
+# Both sides of each limit.
+LIMITS: list[tuple[str, list[Any], list[Any]]] = [
+    ("temperature", [0, 2], [-0.1, 2.1, math.nan]),
+    ("top_p", [0, 1], [-0.1, 1.1]),
+    ("top_k", [-1, 0, 5], [-2]),
+    ("min_p", [0, 1], [-0.1, 1.1]),
+    ("presence_penalty", [-2, 2], [-2.1, 2.1]),
+    ("frequency_penalty", [-2, 2], [-2.1, 2.1]),
+    ("repetition_penalty", [1e-3, 1e3], [0, 9e-4, 1001]),
+    ("seed", [-(2**63), 2**64 - 1], [-(2**63) - 1, 2**64]),
+    ("n", [1, 128], [0, 129]),
+    ("max_tokens", [0], [-1]),
+    ("min_tokens", [0], [-1]),
+    ("logprobs", [0], [-1]),
+    ("prompt_logprobs", [0], [-1]),
+    ("allowed_token_ids", [[5]], [[]]),
+    ("stop", ["a", ["a"]], ["", [""]]),
+    ("bad_words", [["a"]], [[""]]),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), LIMITS, ids=lambda value: str(value)[:20])
+def test_limits_are_those_of_the_offline_engine(
+    name: str, right: list[Any], wrong: list[Any]
+) -> None:
+    for value in right:
+        CompletionRequest.model_validate({"prompt": "a", name: value})
+        GenerationOptions.from_mapping({name: value})
+    for value in wrong:
+        with pytest.raises(ValueError):
+            CompletionRequest.model_validate({"prompt": "a", name: value})
+        with pytest.raises(ValueError):
+            GenerationOptions.from_mapping({name: value})

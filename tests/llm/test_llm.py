@@ -13,7 +13,7 @@ import pytest
 from octavo.config import EngineConfig
 from octavo.engine.build import build_engine
 from octavo.engine.fake import fake_output
-from octavo.engine.options import GenerationOptions, choice_seed
+from octavo.engine.options import Defaults, GenerationOptions, SeedSource, choice_seed
 from octavo.llm import LLM, engine_config
 from octavo.types import FinishReason, SamplingParams
 
@@ -136,9 +136,16 @@ def test_a_stop_string_ends_it(llm: LLM) -> None:
         ({"n": 0}, "n must be a whole number from 1 to 128, got 0"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number"),
         ({"max_tokens": 1000}, "more than the context of 256"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens must be at most max_tokens=3, got 4"),
+        ({"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1}, "leaves no token"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty must be a number from 0.001"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must hold at least 1 token id"),
         ({"stop": [""]}, "stop must hold non-empty texts"),
         ({"logprobs": 99}, "logprobs must be a whole number from 0 to 20, got 99"),
-        ({"stop_token_ids": [10**6]}, "stop_token_ids must be a whole number from 0"),
+        (
+            {"stop_token_ids": [10**6]},
+            "stop_token_ids: token ids must be from 0 to 511, got 1000000",
+        ),
         ({"logit_bias": {1: 500}}, "logit_bias: a bias must be a number from -100 to 100"),
     ],
 )
@@ -153,8 +160,8 @@ def test_wrong_options(llm: LLM, options: dict[str, object], message: str) -> No
     [
         ("", "a prompt is empty"),
         ([1] * 300, "a prompt has 300 tokens, more than the context of 256"),
-        ([-1], "a prompt must be a whole number from 0"),
-        ([10**7], "a prompt must be a whole number from 0"),
+        ([-1], "a prompt: token ids must be from 0"),
+        ([10**7], "a prompt: token ids must be from 0"),
     ],
 )
 def test_wrong_prompts(llm: LLM, prompt: str | list[int], message: str) -> None:
@@ -177,11 +184,23 @@ def test_engine_options() -> None:
         engine_config("m", {"block_size": 33})
 
 
-def test_offline_choices_are_the_servers() -> None:
-    from octavo.api.params import choice_seed as served
+def test_the_engines_seed_is_that_of_requests_without_one(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(seed: int) -> list[str]:
+        monkeypatch.setattr(llm, "_seeds", SeedSource(seed))
+        return [llm.generate([5, 6], max_tokens=8, ignore_eos=True)[0].text for _ in range(2)]
 
-    for seed in (0, 1, 2**64 - 1, 12345):
-        assert [choice_seed(seed, i) for i in range(9)] == [served(seed, i) for i in range(9)]
+    assert answers(7) == answers(7)
+    assert len({*answers(7), *answers(8)}) == 4
+
+
+def test_defaults_of_the_model() -> None:
+    found = {"temperature": 0.6, "top_k": None, "presence_penalty": 1, "eos_token_id": 2}
+    assert Defaults.from_generation_config(found) == Defaults(temperature=0.6, presence_penalty=1)
+    for wrong in ({"temperature": "warm"}, {"top_p": 3}, {"top_k": True}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match="generation_config.json: "):
+            Defaults.from_generation_config(wrong)
 
 
 def test_options_default_to_the_models() -> None:

@@ -19,8 +19,8 @@ from octavo.api.errors import for_route, to_api_error
 from octavo.api.front import Front, Metrics
 from octavo.api.lifecycle import Lifecycle, State
 from octavo.api.middleware import ApiKeys, RequestCounts, RequestIds, RootPath
-from octavo.api.params import Defaults, SeedSource
 from octavo.config import ModelConfig, SchedulerConfig, ServerConfig
+from octavo.engine.options import Defaults, SeedSource
 from octavo.engine.protocols import Engine
 from octavo.text.chat_template import ChatTemplate, find_template
 from octavo.text.tokenizer import Tokenizer

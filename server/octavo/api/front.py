@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from octavo.api.errors import ApiError, ModelNotFoundError, UnavailableError
 from octavo.api.lifecycle import Lifecycle, State
-from octavo.api.params import Defaults, SeedSource
 from octavo.config import ModelConfig, SchedulerConfig, ServerConfig
+from octavo.engine.options import Defaults, SeedSource
 from octavo.engine.protocols import Engine
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer

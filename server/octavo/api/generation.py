@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from octavo.api.errors import ApiError, UnavailableError
+from octavo.api.errors import UnavailableError
 from octavo.api.front import Front
-from octavo.api.params import choice_seed, sampling_params, text_params
+from octavo.api.params import check_priority, generation_options, params_of
 from octavo.api.prompts import Prompt
 from octavo.api.schemas import Generation
+from octavo.engine.options import choice_seed
 from octavo.engine.outputs import Choice, ChoiceDelta, ChoiceResult, read_choices
 from octavo.types import EngineRequest, FinishReason
 
@@ -59,15 +60,10 @@ def make_job(
 ) -> Job:
     """``kind``: the response id's prefix. Raises `ApiError`."""
     model = front.check_model(body.model)
-    params = sampling_params(front, body, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    texts = text_params(body)
-    for prompt in prompts:
-        if params.min_tokens > prompt.max_tokens:
-            raise ApiError(
-                f"min_tokens must be at most max_tokens={prompt.max_tokens}, "
-                f"got {params.min_tokens}",
-                param="min_tokens",
-            )
+    check_priority(front, body)
+    options = generation_options(front, body, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    least = min(prompt.max_tokens for prompt in prompts)
+    params, texts = params_of(front, options, max_tokens=least, seed=0), options.text_params()
     front.check_admission(len(prompts) * per_prompt)
     response_id = f"{kind}-{body.request_id or request_id}"
     # Clients may repeat an id while its first use still runs; the engine's ids are unique.

@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from octavo.engine.options import MAX_CHOICES
+
 # Accepted and without effect: they concern OpenAI's accounts, storage and billing.
 NO_MEANING: frozenset[str] = frozenset(
     {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
@@ -53,7 +55,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "repetition_detection": (),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
-    "suffix": (),
+    "suffix": ("",),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -68,7 +70,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARS = 1024
 MAX_PROMPTS = 1024
-MAX_CHOICES = 128  # per prompt
 MAX_TOTAL_CHOICES = 4096  # of a request: its prompts times the choices of each
 MAX_BAD_WORDS = 128
 _INT32 = 2**31 - 1
@@ -94,8 +95,15 @@ def _int64(value: int) -> int:
     return value
 
 
+def _seed(value: int) -> int:
+    if not -_INT64 <= value < 2 * _INT64:
+        raise ValueError(f"must be a 64-bit integer, signed or not, got {value!r:.40}")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_integral)]
 Int64 = Annotated[int, BeforeValidator(_integral), AfterValidator(_int64)]
+Seed = Annotated[int, BeforeValidator(_integral), AfterValidator(_seed)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenIds = Annotated[list[int], BeforeValidator(_tokens_only)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -165,7 +173,7 @@ class Generation(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_stop)] = None
-    seed: Int64 | None = None
+    seed: Seed | None = None
 
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -173,7 +181,7 @@ class Generation(Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=1e-3, le=1e3)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     bad_words: Annotated[list[Name], Field(max_length=MAX_BAD_WORDS)] | None = None

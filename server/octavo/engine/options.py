@@ -1,6 +1,7 @@
 """A generation's options by the names the HTTP API has, checked, to what the engine samples by.
 
-For callers inside the process (`octavo.LLM`); the HTTP front end has its own, with JSON's types.
+Every front end goes through here: the HTTP API, after it has checked JSON's types and the limits
+that protect a server, and `octavo.LLM`. Knows nothing of either.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +20,16 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineInfo, SamplingParams
 
 _MASK64 = 2**64 - 1
-_MAX_N = 128
-# Sampling values that a model's generation_config.json may choose.
-_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_TOP_P_OF_ONE_TOKEN = 1e-9  # what top_p=0 means: the most likely token alone
+MAX_CHOICES = 128  # per prompt
+
+
+class OptionError(ValueError):
+    """An option that cannot be used; ``name`` is which."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +43,8 @@ class GenerationOptions:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     allowed_token_ids: Sequence[int] | None = None
@@ -62,7 +71,7 @@ class GenerationOptions:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        _check_number("n", self.n, int, low=1, high=_MAX_N)
+        _check_number("n", self.n, int, low=1, high=MAX_CHOICES)
         _check_number("max_tokens", self.max_tokens, int, low=0)
         _check_number("min_tokens", self.min_tokens, int, low=0)
         _check_number("temperature", self.temperature, float, low=0, high=2)
@@ -75,6 +84,9 @@ class GenerationOptions:
         _check_number("seed", self.seed, int, low=-(2**63), high=_MASK64)
         _check_number("logprobs", self.logprobs, int, low=0)
         _check_number("prompt_logprobs", self.prompt_logprobs, int, low=0)
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            reason = "allowed_token_ids must hold at least 1 token id, got none"
+            raise OptionError("allowed_token_ids", reason)
         for token_id, bias in self.logit_bias.items():
             _check_number("logit_bias: a token id", token_id, int, low=0)
             _check_number("logit_bias: a bias", bias, float, low=-100, high=100)
@@ -82,7 +94,7 @@ class GenerationOptions:
             words = (self.stop,) if name == "stop" and isinstance(self.stop, str) else None
             for word in words or getattr(self, name):
                 if not isinstance(word, str) or not word:
-                    raise ValueError(f"{name} must hold non-empty texts, got {word!r}")
+                    raise OptionError(name, f"{name} must hold non-empty texts, got {word!r}")
 
     def text_params(self) -> TextParams:
         """How tokens become text."""
@@ -111,70 +123,127 @@ def _check_number(
     if not is_number or not low <= value <= high:
         what = "a number" if kind is float else "a whole number"
         limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {what} {limits}, got {value!r}")
+        option = name.partition(":")[0]
+        raise OptionError(option, f"{name} must be {what} {limits}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """Sampling values of requests that give none; the model's author may have chosen them."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> Defaults:
+        """From the content of generation_config.json; what is not there or null is neutral.
+        Raises ValueError for what no request may ask for either."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        found = {name: config[name] for name in names if config.get(name) is not None}
+        options = {("max_tokens" if n == "max_new_tokens" else n): v for n, v in found.items()}
+        try:
+            GenerationOptions(**options)
+        except ValueError as error:
+            raise ValueError(f"generation_config.json: {error}") from None
+        return cls(**found)
+
+
+class SeedSource:
+    """Seeds for requests that give none: unpredictable, or a sequence fixed by ``seed`` if it is
+    not 0, so that a restarted engine answers the same requests the same way."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed) if seed else None
+
+    def draw(self) -> int:
+        """64 random bits."""
+        if self._random is not None:
+            return self._random.getrandbits(64)
+        return int.from_bytes(os.urandom(8), "little")
 
 
 def sampling_params(
     options: GenerationOptions,
     *,
-    num_prompt_tokens: int,
-    default_max_tokens: int,
-    model_defaults: Mapping[str, Any],
+    max_tokens: int,
+    seed: int,
+    defaults: Defaults,
     info: EngineInfo,
     tokenizer: Tokenizer,
     max_logprobs: int,
-    draw_seed: Callable[[], int] = lambda: int.from_bytes(os.urandom(8), "little"),
 ) -> SamplingParams:
-    """For choice 0 of a prompt of ``num_prompt_tokens``. Raises ValueError.
+    """What the engine samples by. Raises `OptionError`.
 
-    ``model_defaults``: the content of generation_config.json, or nothing.
+    ``max_tokens`` and ``seed`` are what the front end has made of those in ``options``, which may
+    depend on the prompt and the choice.
     """
-    chosen = {
-        name: value if (value := getattr(options, name)) is not None else model_defaults.get(name)
-        for name in _MODEL_DEFAULTS
-    }
-    room = info.max_model_len - num_prompt_tokens
-    max_tokens = options.max_tokens if options.max_tokens is not None else default_max_tokens
-    if options.max_tokens is not None and max_tokens > room:
-        raise ValueError(
-            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, more than "
-            f"the context of {info.max_model_len} in all"
-        )
     for name in ("logprobs", "prompt_logprobs"):
         _check_number(name, getattr(options, name), int, low=0, high=max_logprobs)
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         check_token_ids(getattr(options, name) or (), name=name, info=info)
-    top_k = chosen["top_k"] or 0
-    return SamplingParams(
-        max_tokens=min(max_tokens, max(room, 0)),
+    if options.min_tokens > max_tokens:
+        raise OptionError(
+            "min_tokens",
+            f"min_tokens must be at most max_tokens={max_tokens}, got {options.min_tokens}",
+        )
+
+    def chosen(name: str) -> Any:
+        value = getattr(options, name)
+        return getattr(defaults, name) if value is None else value
+
+    top_k, allowed = chosen("top_k"), options.allowed_token_ids
+    params = SamplingParams(
+        max_tokens=max_tokens,
         min_tokens=options.min_tokens,
-        temperature=1.0 if chosen["temperature"] is None else chosen["temperature"],
+        temperature=chosen("temperature"),
         top_k=0 if top_k < 0 or top_k >= info.vocab_size else top_k,
-        top_p=1.0 if chosen["top_p"] is None else chosen["top_p"] or 1e-9,
-        min_p=chosen["min_p"] or 0.0,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        repetition_penalty=chosen["repetition_penalty"] or 1.0,
+        top_p=chosen("top_p") or _TOP_P_OF_ONE_TOKEN,
+        min_p=chosen("min_p"),
+        presence_penalty=chosen("presence_penalty"),
+        frequency_penalty=chosen("frequency_penalty"),
+        repetition_penalty=chosen("repetition_penalty"),
         logit_bias=tuple(sorted(options.logit_bias.items())),
-        allowed_token_ids=(
-            None
-            if options.allowed_token_ids is None
-            else tuple(dict.fromkeys(options.allowed_token_ids))
-        ),
+        allowed_token_ids=None if allowed is None else tuple(dict.fromkeys(allowed)),
         bad_words_token_ids=_bad_words(options.bad_words, tokenizer),
-        seed=(draw_seed() if options.seed is None else options.seed) & _MASK64,
+        seed=seed & _MASK64,
         ignore_eos=options.ignore_eos,
         eos_token_ids=info.eos_token_ids,
         stop_token_ids=tuple(dict.fromkeys(options.stop_token_ids)),
         logprobs=options.logprobs,
         prompt_logprobs=options.prompt_logprobs,
     )
+    _check_something_is_allowed(params)
+    return params
 
 
-def check_token_ids(ids: Any, *, name: str, info: EngineInfo) -> None:
-    """Raises ValueError for the first that is no token id of the model."""
+def _check_something_is_allowed(params: SamplingParams) -> None:
+    """Raises `OptionError` if no token could ever be the first; what depends on the tokens before
+    (longer bad words) only the sampler can tell."""
+    forbidden = {word[0] for word in params.bad_words_token_ids if len(word) == 1}
+    if params.min_tokens:
+        forbidden.update(params.eos_token_ids, params.stop_token_ids)
+    if params.allowed_token_ids is not None and forbidden.issuperset(params.allowed_token_ids):
+        raise OptionError(
+            "allowed_token_ids",
+            "allowed_token_ids leaves no token to choose: bad_words and min_tokens forbid all "
+            f"{len(params.allowed_token_ids)} of them",
+        )
+
+
+def check_token_ids(ids: Iterable[int], *, name: str, info: EngineInfo) -> None:
+    """Raises `OptionError` for the first that is no token id of the model."""
+    size = info.vocab_size
     for token_id in ids:
-        _check_number(name, token_id, int, low=0, high=info.vocab_size - 1)
+        if type(token_id) is not int or not 0 <= token_id < size:
+            raise OptionError(
+                name, f"{name}: token ids must be from 0 to {size - 1}, got {token_id!r}"
+            )
 
 
 def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
@@ -189,7 +258,7 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, .
 
 def choice_seed(seed: int, index: int) -> int:
     """The seed of one of ``n`` choices: the request's own for the first, mixed (splitmix64) for
-    the others, as near seeds must not give near streams. The HTTP API draws the same."""
+    the others, as near seeds must not give near streams."""
     if index == 0:
         return seed & _MASK64
     z = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
