@@ -35,17 +35,17 @@ def make_request(
 
 
 def test_fcfs_victim_has_the_least_to_compute_again() -> None:
-    policy = FcfsPolicy(block_size=4)
+    policy = FcfsPolicy()
     oldest = make_request(1, computed=1)
-    cached = make_request(2, computed=41, registered=10)  # 1 token is lost
+    cached = make_request(2, computed=41, registered=10)
     short = make_request(3, computed=3)
-    assert policy.victim([oldest, cached, short]) is cached
-    assert policy.victim([oldest, short]) is short
+    assert policy.victim([oldest, cached, short]) is short
+    assert policy.victim([oldest, cached]) is cached
     assert policy.victim([oldest]) is oldest
 
 
 def test_fcfs_ties_go_against_the_latest() -> None:
-    policy = FcfsPolicy(block_size=4)
+    policy = FcfsPolicy()
     requests = [make_request(order, computed=5) for order in (3, 1, 2)]
     assert policy.victim(requests) is requests[0]
 
@@ -59,7 +59,7 @@ def test_priority_victim_is_the_last_in_line() -> None:
 
 
 def test_fcfs_puts_the_preempted_first() -> None:
-    queue = WaitingQueue(FcfsPolicy(block_size=4).key)
+    queue = WaitingQueue(FcfsPolicy().key)
     requests = [make_request(order) for order in (1, 2, 3, 4)]
     requests[3].status = requests[2].status = Status.PREEMPTED
     for request in requests:
@@ -90,4 +90,4 @@ def test_queue_is_sorted_whatever_comes_and_goes(
 
 def test_unknown_policy_is_named() -> None:
     with pytest.raises(ValueError, match="'fcfs' or 'priority', got 'lifo'"):
-        make_policy("lifo", block_size=4)  # type: ignore[arg-type]
+        make_policy("lifo")  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ class Scheduler:
             )
         self._kv = kv
         self._max_model_len = max_model_len
-        policy = make_policy(config.scheduling_policy, block_size=kv.block_size)
+        policy = make_policy(config.scheduling_policy)
         self._live = LiveRequests(kv=kv, policy=policy)
         self._inflight: deque[Plan] = deque()
         self._planner = Planner(
