@@ -136,6 +136,26 @@ def test_lists_are_packed_again_only_when_they_change() -> None:
     assert packed.bad_starts.tolist() == [0, 0, 0, 0, 0, 0, 2, 2]
 
 
+def test_packing_joins_every_row_in_order() -> None:
+    given = [
+        SamplingParams(allowed_token_ids=(7, 3, 9), logit_bias=((2, 0.5),)),
+        SamplingParams(),
+        SamplingParams(min_tokens=1, eos_token_ids=(1,), stop_token_ids=(4, 5)),
+        SamplingParams(logit_bias=((8, -1.0), (9, 1.0)), bad_words_token_ids=((), (6, 7), (5,))),
+        SamplingParams(allowed_token_ids=(1,)),
+    ]
+    packed = Rows([([0], 1, params) for params in given]).table.packed()
+    assert packed.allowed_ids.tolist() == [7, 3, 9, 1]
+    assert packed.allowed_starts.tolist() == [0, 3, 3, 3, 3, 4]
+    assert packed.bias_ids.tolist() == [2, 8, 9]
+    assert packed.bias_values.tolist() == [0.5, -1.0, 1.0]
+    assert packed.bias_starts.tolist() == [0, 1, 1, 1, 3, 3]
+    assert packed.stop_ids.tolist() == [1, 4, 5]
+    assert packed.stop_starts.tolist() == [0, 0, 0, 3, 3, 3]
+    assert packed.bad_ids.tolist() == [6, 7, 5] and packed.word_starts.tolist() == [0, 2, 3]
+    assert packed.bad_starts.tolist() == [0, 0, 0, 0, 2, 2]
+
+
 def test_minimum_length_names_every_stop() -> None:
     params = SamplingParams(
         temperature=0.0, min_tokens=2, eos_token_ids=(1,), stop_token_ids=(2, 3), ignore_eos=True

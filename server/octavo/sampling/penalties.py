@@ -6,8 +6,10 @@ step with unchanged requests does no work here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +22,46 @@ from octavo_kernels.sampling import LogitParams
 Ints = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Lists:
-    """One row's token lists."""
+    """One row's token lists; arrays, as packing a few long ones must not hold up a step."""
 
-    bias: tuple[tuple[int, float], ...]
-    allowed: tuple[int, ...]
-    bad_words: tuple[tuple[int, ...], ...]
-    stop: tuple[int, ...]  # not to be drawn while the output is too short
+    bias_ids: Ints
+    bias_values: npt.NDArray[np.float32]
+    allowed: Ints
+    word_sizes: Ints  # of each bad word, in tokens
+    bad_ids: Ints
+    stop: Ints  # not to be drawn while the output is too short
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> _Lists:
+        """Of a request; `_NO_LISTS` itself if it has none."""
+        words = [word for word in params.bad_words_token_ids if word]
+        stop = (*params.eos_token_ids, *params.stop_token_ids) if params.min_tokens else ()
+        if not (params.logit_bias or params.allowed_token_ids or words or stop):
+            return _NO_LISTS
+        return cls(
+            bias_ids=_ints(token for token, _ in params.logit_bias),
+            bias_values=np.fromiter((bias for _, bias in params.logit_bias), np.float32),
+            allowed=_ints(params.allowed_token_ids or ()),
+            word_sizes=_ints(map(len, words)),
+            bad_ids=_ints(chain.from_iterable(words)),
+            stop=_ints(stop),
+        )
 
 
-_NO_LISTS = _Lists(bias=(), allowed=(), bad_words=(), stop=())
+def _ints(values: Iterable[int]) -> Ints:
+    return np.fromiter(values, np.int32)
+
+
+_NO_LISTS = _Lists(
+    bias_ids=_ints(()),
+    bias_values=np.zeros(0, np.float32),
+    allowed=_ints(()),
+    word_sizes=_ints(()),
+    bad_ids=_ints(()),
+    stop=_ints(()),
+)
 
 
 class LogitParamsTable:
@@ -59,18 +90,13 @@ class LogitParamsTable:
         self._frequency[row] = params.frequency_penalty
         self._presence[row] = params.presence_penalty
         self._min_tokens[row] = params.min_tokens
-        lists = _Lists(
-            bias=params.logit_bias,
-            allowed=params.allowed_token_ids or (),
-            bad_words=tuple(word for word in params.bad_words_token_ids if word),
-            stop=(*params.eos_token_ids, *params.stop_token_ids) if params.min_tokens else (),
-        )
+        lists = _Lists.of(params)
         has_penalty = (
             params.repetition_penalty != 1.0
             or params.frequency_penalty != 0.0
             or params.presence_penalty != 0.0
         )
-        self.is_active[row] = has_penalty or lists != _NO_LISTS
+        self.is_active[row] = has_penalty or lists is not _NO_LISTS
         self._set_lists(row, lists)
 
     def clear(self, row: int) -> None:
@@ -79,14 +105,14 @@ class LogitParamsTable:
         self._set_lists(row, _NO_LISTS)
 
     def _set_lists(self, row: int, lists: _Lists) -> None:
-        if lists != self._lists[row]:
+        if lists is not self._lists[row]:
             self._lists[row] = lists
             self._packed = None
 
     def packed(self) -> LogitParams:
         """All rows' parameters as the kernel reads them."""
         if self._packed is None:
-            words = [word for lists in self._lists for word in lists.bad_words]
+            word_sizes = [lists.word_sizes for lists in self._lists]
             self._packed = LogitParams(
                 token_ids=self._token_ids,
                 num_prompt_tokens=self._num_prompt_tokens,
@@ -95,30 +121,28 @@ class LogitParamsTable:
                 frequency_penalty=torch.from_numpy(self._frequency),
                 presence_penalty=torch.from_numpy(self._presence),
                 min_tokens=torch.from_numpy(self._min_tokens),
-                bias_starts=self._starts(lambda lists: len(lists.bias)),
-                bias_ids=_ints(i for lists in self._lists for i, _ in lists.bias),
-                bias_values=_floats(v for lists in self._lists for _, v in lists.bias),
-                allowed_starts=self._starts(lambda lists: len(lists.allowed)),
-                allowed_ids=_ints(i for lists in self._lists for i in lists.allowed),
-                bad_starts=self._starts(lambda lists: len(lists.bad_words)),
-                word_starts=_running_sums(len(word) for word in words),
-                bad_ids=_ints(i for word in words for i in word),
-                stop_starts=self._starts(lambda lists: len(lists.stop)),
-                stop_ids=_ints(i for lists in self._lists for i in lists.stop),
+                bias_starts=self._starts("bias_ids"),
+                bias_ids=self._joined("bias_ids"),
+                bias_values=self._joined("bias_values"),
+                allowed_starts=self._starts("allowed"),
+                allowed_ids=self._joined("allowed"),
+                bad_starts=self._starts("word_sizes"),
+                word_starts=_running_sums(np.concatenate(word_sizes)),
+                bad_ids=self._joined("bad_ids"),
+                stop_starts=self._starts("stop"),
+                stop_ids=self._joined("stop"),
             )
         return self._packed
 
-    def _starts(self, size: Callable[[_Lists], int]) -> Tensor:
-        return _running_sums(size(lists) for lists in self._lists)
+    def _starts(self, name: str) -> Tensor:
+        return _running_sums(np.array([len(getattr(lists, name)) for lists in self._lists]))
+
+    def _joined(self, name: str) -> Tensor:
+        parts: list[npt.NDArray[Any]] = [getattr(lists, name) for lists in self._lists]
+        return torch.from_numpy(np.concatenate(parts))
 
 
-def _running_sums(sizes: Iterable[int]) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32))
-
-
-def _ints(values: Iterable[int]) -> Tensor:
-    return torch.from_numpy(np.fromiter(values, np.int32))
-
-
-def _floats(values: Iterable[float]) -> Tensor:
-    return torch.from_numpy(np.fromiter(values, np.float32))
+def _running_sums(sizes: npt.NDArray[Any]) -> Tensor:
+    sums = np.zeros(len(sizes) + 1, np.int32)
+    np.cumsum(sizes, out=sums[1:])
+    return torch.from_numpy(sums)
