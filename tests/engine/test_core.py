@@ -72,6 +72,21 @@ def test_a_request_that_cannot_run_is_refused_in_the_next_outputs() -> None:
     assert not d.core.has_work
 
 
+def test_a_request_that_makes_no_sense_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    d = Driver()
+    d.add("good", 5, max_tokens=2)
+    params = SamplingParams(max_tokens=1)
+    d.core.add_request(EngineRequest(request_id="a", prompt_token_ids=(1, -1) * 4, params=params))
+    outputs = {output.request_id: output for output in d.core.step().outputs}
+    assert outputs["a"].finish_reason is FinishReason.ERROR
+    assert not outputs["a"].is_bad_request
+    assert "request a cannot be queued" in caplog.text
+    d.run()
+    d.add("a", 5, max_tokens=1)
+    d.run()
+    assert d.last("a").finish_reason is FinishReason.LENGTH
+
+
 def test_an_abort_is_told_with_the_next_step_and_frees_at_once() -> None:
     d = Driver(max_inflight=2)
     d.add("a", 4, max_tokens=9)

@@ -15,7 +15,7 @@ from octavo.engine.build import build_engine
 from octavo.engine.fake import fake_output
 from octavo.engine.options import Defaults, GenerationOptions, SeedSource, choice_seed
 from octavo.llm import LLM, engine_config
-from octavo.types import FinishReason, SamplingParams
+from octavo.types import EngineRequest, FinishReason, SamplingParams
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -247,8 +247,17 @@ def test_an_interrupted_call_leaves_a_usable_engine(
     assert not llm._live and llm._core.scheduler.num_unfinished == 0
 
 
-def test_a_call_that_cannot_start_leaves_nothing_running(llm: LLM) -> None:
-    bad = SamplingParams(max_tokens=None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        llm.generate([[5], [6]], [SamplingParams(max_tokens=9), bad])
+def test_a_call_that_is_interrupted_as_it_starts_leaves_nothing_running(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = llm._core.add_request
+
+    def add_one(request: EngineRequest) -> None:
+        if llm._core.scheduler.num_unfinished:
+            raise KeyboardInterrupt
+        add(request)
+
+    monkeypatch.setattr(llm._core, "add_request", add_one)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5], [6]], max_tokens=9)
     assert not llm._live and llm._core.scheduler.num_unfinished == 0

@@ -62,17 +62,21 @@ class EngineCore:
         now = self._clock.now()
         try:
             self.scheduler.add(request, now=now)
+            return
         except ValueError as error:
-            times = RequestTimes(arrival=request.arrival_time, queued=now, finished=now)
-            self._pending.append(
-                EngineOutput(
-                    request_id=request.request_id,
-                    finish_reason=FinishReason.ERROR,
-                    error=str(error),
-                    is_bad_request=True,
-                    times=times,
-                )
+            message, is_bad_request = str(error), True
+        except Exception:  # what no front end should let pass must not end the engine for all
+            logger.exception("request %s cannot be queued", request.request_id)
+            message, is_bad_request = "internal error: the request cannot be queued", False
+        self._pending.append(
+            EngineOutput(
+                request_id=request.request_id,
+                finish_reason=FinishReason.ERROR,
+                error=message,
+                is_bad_request=is_bad_request,
+                times=RequestTimes(arrival=request.arrival_time, queued=now, finished=now),
             )
+        )
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Ends requests wherever they are; unknown ids are ignored. Their blocks are free now,
