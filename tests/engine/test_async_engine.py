@@ -187,6 +187,17 @@ def test_death_reaches_every_stream() -> None:
     with_engine(test)
 
 
+def test_signals_to_the_whole_group_are_for_the_parent() -> None:
+    async def test(engine: AsyncEngine, process: EngineProcess) -> None:
+        stream = engine.generate(request("a", max_tokens=200))
+        await anext(stream)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, number)
+        assert [o async for o in stream][-1].finish_reason is FinishReason.LENGTH
+
+    with_engine(test)
+
+
 def test_no_progress_is_no_health() -> None:
     async def test(engine: AsyncEngine, process: EngineProcess) -> None:
         engine.check_health()  # idle is healthy however long

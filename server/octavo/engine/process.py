@@ -24,7 +24,10 @@ log = logging.getLogger("octavo.engine")
 def main(argument: str) -> int:
     """Runs the engine described by one JSON argument. Returns the exit code."""
     arguments = msgspec.json.decode(argument.encode(), type=EngineArguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    # Ctrl-C and service managers signal every process of a group. What that means is the parent's
+    # decision: it lets running requests end, and this process ends with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     set_up_logging(arguments.log_level)
     end = ipc.EngineEnd(arguments.address)
