@@ -95,9 +95,9 @@ def test_room_is_asked_for_the_whole_prompt_beyond_what_chunks_will_take() -> No
 
 
 def test_an_admission_leaves_headroom_for_those_that_run() -> None:
-    d = Driver(num_blocks=64, max_model_len=256, budget=512, caching=False)
+    d = Driver(num_blocks=16, max_model_len=64, budget=512, caching=False)
     d.add("a", 4, max_tokens=5)
-    d.add("b", 63 * 4, max_tokens=2)
+    d.add("b", 15 * 4, max_tokens=2)
     assert d.step().num_scheduled_tokens == {"a": 4}
     d.run()
     assert sum(stats.preemptions for stats in d.stats) == 0
