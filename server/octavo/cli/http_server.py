@@ -20,6 +20,7 @@ import uvloop
 from octavo.api.app import create_app
 from octavo.api.lifecycle import Lifecycle
 from octavo.checkpoint.source import ModelFiles, resolve
+from octavo.cli.http_protocol import HttpProtocol
 from octavo.config import EngineConfig, ServerConfig
 from octavo.engine.async_engine import AsyncEngine
 from octavo.engine.launch import EngineProcess
@@ -205,9 +206,9 @@ def _make_app(
 def _uvicorn_config(app: Any, server: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=HttpProtocol,
         ws="none",
-        lifespan="on",
+        lifespan="off",  # there is nothing to do, and a forced end would log its cancellation
         log_config=None,  # `set_up_logging` has done it
         log_level=server.uvicorn_log_level,
         access_log=not server.disable_uvicorn_access_log,

@@ -1,0 +1,66 @@
+"""HTTP/1.1 as uvicorn speaks it, with bounds on what a connection may make us keep before there is
+a request, and OpenAI's envelope where there is none to be. Knows bytes, not what requests mean."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from octavo.api.errors import ApiError
+
+MAX_HEAD_BYTES = 64 * 1024  # of one request: its URL, or its headers and trailers
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. The parser collects a header until it ends, and uvicorn any number of them:
+    without a bound a client could fill the memory with a request that never begins."""
+
+    _num_silent = 0  # bytes since the parser last told us of anything: it is collecting them
+    _num_head = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._num_silent += len(data)
+        super().data_received(data)
+        if self._num_silent > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        self._num_silent = self._num_head = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(name, value)
+        super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._num_silent = 0
+        super().on_body(body)
+
+    def _count(self, *parts: bytes) -> None:
+        self._num_silent = 0
+        self._num_head += sum(map(len, parts))
+        if self._num_head > MAX_HEAD_BYTES:
+            raise ValueError("too large a head")  # the parser stops: `send_400_response`
+
+    def send_400_response(self, msg: str) -> None:
+        error = ApiError("The request is not valid HTTP", code="invalid_http")
+        if max(self._num_head, self._num_silent) > MAX_HEAD_BYTES:
+            error = ApiError(
+                f"The request's URL and headers are larger than the {MAX_HEAD_BYTES} bytes allowed",
+                status=431,
+                code="request_too_large",
+            )
+        status, body = HTTPStatus(error.status), error.body()
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
