@@ -101,6 +101,19 @@ def test_keys(tokenizer: Tokenizer) -> None:
                 assert response.status_code == 200 and "x-request-id" not in response.headers
 
 
+def test_no_root_path_opens_a_way_past_the_keys(tokenizer: Tokenizer) -> None:
+    for root in ("/v", "/v1", "/proxy"):
+        options = ServerConfig(api_key=("schlüssel",), root_path=root)
+        with (
+            serving(tokenizer=tokenizer, server=options) as server,
+            httpx.Client(base_url=server.url) as http,
+        ):
+            for url in ("/v1/models", root + "/v1/models"):
+                assert http.get(url).status_code in (401, 404)
+            key = {"Authorization": "Bearer schlüssel".encode()}
+            assert http.get(root + "/v1/models", headers=key).status_code == 200
+
+
 def test_cors_and_names(tokenizer: Tokenizer) -> None:
     options = ServerConfig(
         allowed_origins=("https://a.example",),

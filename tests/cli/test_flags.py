@@ -192,3 +192,17 @@ def test_configuration_survives_the_engine_argument() -> None:
     arguments = EngineArguments(config=config, address="ipc://x")
     text = json.dumps(dataclasses.asdict(arguments))
     assert msgspec.json.decode(text, type=EngineArguments) == arguments
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--api-key"], "--api-key must not be empty"),
+        (["--api-key", ""], "--api-key must not be empty"),
+        (["--served-model-name", "a", ""], "--served-model-name must not be empty"),
+        (["--root-path", "octavo"], "--root-path must begin with /, got 'octavo'"),
+    ],
+)
+def test_flags_left_empty(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(*flags)

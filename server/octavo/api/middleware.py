@@ -86,12 +86,15 @@ class ApiKeys:
         await error.response()(scope, receive, send)
 
     def _is_guarded(self, scope: Scope) -> bool:
-        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        path: str = scope["path"]
+        root: str = scope.get("root_path", "")
+        if root and path.startswith(root + "/"):  # as routing takes it off: whole segments only
+            path = path.removeprefix(root)
         return path == _GUARDED or path.startswith(_GUARDED + "/")
 
     def _knows(self, key: str) -> bool:
         # Every key is compared, in constant time: how long it takes tells nothing.
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(key.encode("latin-1")).digest()  # headers' bytes, as they came
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(found)
 

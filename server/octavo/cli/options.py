@@ -50,6 +50,12 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     """The HTTP server's options from parsed flags and the environment. Raises ValueError."""
     if not hasattr(args, "api_key") and (key := environment_api_key()) is not None:
         args.api_key = [key]
+    for name in ("api_key", "served_model_name"):
+        given = getattr(args, name, None)
+        if given is not None and not (given and all(given)):  # an unset shell variable
+            raise ValueError(f"{flag_name(name)} must not be empty")
+    if (path := getattr(args, "root_path", "")) and not path.startswith("/"):
+        raise ValueError(f"--root-path must begin with /, got {path!r}")
     return from_namespace(ServerConfig, args)
 
 

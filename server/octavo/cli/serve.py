@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
         listener = _bind(server)
     except OSError as error:
         where = server.uds or f"{server.host}:{server.port}"
-        print(f"octavo serve: error: cannot listen on {where}: {error.strerror}", file=sys.stderr)
+        print(
+            f"octavo serve: error: cannot listen on {where}: {error.strerror or error}",
+            file=sys.stderr,
+        )
         return 1
     process = EngineProcess(
         config, fake_executor=args.fake_executor, log_level=server.uvicorn_log_level
