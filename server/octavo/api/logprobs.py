@@ -74,8 +74,12 @@ class LogprobFormat:
         decoded_token}}`` of the token itself and the likeliest."""
         listed: list[dict[str, Any] | None] = [None]
         for entry in entries:
-            ranked = [(entry.token_id, entry.logprob, entry.rank)]
-            ranked += [(i, value, rank) for rank, (i, value) in enumerate(entry.top, 1)]
+            ranked = [(entry.token_id, entry.logprob, entry.rank)]  # first, as clients count on
+            ranked += [
+                (i, value, rank)
+                for rank, (i, value) in enumerate(entry.top, 1)
+                if i != entry.token_id
+            ]
             listed.append(
                 {
                     str(i): {
@@ -83,7 +87,7 @@ class LogprobFormat:
                         "rank": rank,
                         "decoded_token": self._tokenizer.token_text(i),
                     }
-                    for i, value, rank in reversed(ranked)
+                    for i, value, rank in ranked
                 }
             )
         return listed
