@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from typing import Any
@@ -374,3 +375,18 @@ def test_limits_are_those_of_the_offline_engine(
             CompletionRequest.model_validate({"prompt": "a", name: value})
         with pytest.raises(ValueError):
             GenerationOptions.from_mapping({name: value})
+
+
+def test_compressed_bodies_are_refused(http: httpx.Client) -> None:
+    body = gzip.compress(b'{"prompt": "a"}')
+    error = error_of(http.post(TEXT, content=body, headers={"Content-Encoding": "gzip"}), 415)
+    assert "gzip" in error["message"]
+    plain = {"Content-Encoding": "identity"}
+    assert http.post(TEXT, json={"prompt": "a", "max_tokens": 1}, headers=plain).status_code == 200
+
+
+@pytest.mark.parametrize("body", [None, [], "text"])
+def test_bodies_that_are_no_object(http: httpx.Client, body: Any) -> None:
+    assert "JSON object" in error_of(http.post(TEXT, content=json.dumps(body)))["message"]
+    chat = {"messages": [body]}
+    assert "JSON object" in error_of(http.post(CHAT, json=chat))["message"]

@@ -112,6 +112,8 @@ def from_validation(error: ValidationError) -> ApiError:
         message = finding["msg"].removeprefix("Value error, ")
         return ApiError(message if not path else f"{path}: {message}", param=path or None)
     message = finding["msg"].removeprefix("Input ")
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        message = "should be a JSON object"
     where = path or "the request body"
     return ApiError(f"{where} {message}, got {shown(got)}", param=path or None)
 

@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.api.errors import ApiError, to_api_error
+from octavo.api.errors import ApiError, shown, to_api_error
 from octavo.api.generation import ClientGoneError
 
 B = TypeVar("B", bound=BaseModel)
@@ -22,7 +22,14 @@ _CLIENT_GONE = 499
 
 
 async def read_body(request: Request, *, limit: int) -> bytes:
-    """The whole body, of at most ``limit`` bytes. Raises `ApiError` (413), `ClientGoneError`."""
+    """The whole body, of at most ``limit`` bytes. Raises `ApiError` (413, 415),
+    `ClientGoneError`."""
+    if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        raise ApiError(
+            f"Request bodies must be sent without a Content-Encoding, got {shown(coding)}",
+            status=415,
+            code="unsupported_encoding",
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
