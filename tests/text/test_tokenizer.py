@@ -122,3 +122,8 @@ def test_unreadable_folders(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         Tokenizer.from_dir(tmp_path / "b")
+
+
+def test_what_is_no_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        byte_level().encode("a\udcff")

@@ -123,7 +123,10 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in it count as such.
         ``add_special_tokens``: with what tokenizer.json's post-processor adds, such as BOS; as in
-        transformers, tokenizer_config.json has no say in it."""
+        transformers, tokenizer_config.json has no say in it. Raises UnicodeEncodeError (a
+        ValueError) for a lone surrogate, which is no text."""
+        if not text.isascii():
+            text.encode("utf-8")
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
