@@ -113,3 +113,9 @@ def test_bad_files(
 def test_bad_flags(tokenizer: Tokenizer, words: list[str]) -> None:
     with pytest.raises(ValueError, match="--"):
         load(tokenizer, *words)
+
+
+@pytest.mark.parametrize("name", ["--input-len", "--output-len", "--random-output-len"])
+def test_no_tokens_are_none_asked_for(tokenizer: Tokenizer, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        load(tokenizer, name, "0")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.flags import parse_int
+from octavo.flags import flag_name, parse_int
 
 if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
@@ -66,6 +66,9 @@ def load_dataset(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]
     """The prompts that flags ask for. Raises ValueError."""
     if args.num_prompts < 1:
         raise ValueError(f"--num-prompts must be at least 1, got {args.num_prompts}")
+    for name in ("input_len", "output_len", "random_input_len", "random_output_len"):
+        if (length := getattr(args, name)) is not None and length < 1:
+            raise ValueError(f"{flag_name(name)} must be at least 1, got {length}")
     if not 0 <= args.random_range_ratio < 1:
         raise ValueError(
             f"--random-range-ratio must be from 0 to below 1, got {args.random_range_ratio}"
