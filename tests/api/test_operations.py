@@ -183,10 +183,12 @@ def test_a_stop_string_is_no_abort(tokenizer: Tokenizer) -> None:
 
 def test_starting_draining_and_a_full_queue(tokenizer: Tokenizer) -> None:
     lifecycle = Lifecycle()
+    metrics = Metrics(ScriptedEngine(vocab_size=tokenizer.vocab_size).info, model_name="tiny")
     with (
         serving(
             tokenizer=tokenizer,
             lifecycle=lifecycle,
+            metrics=metrics,
             scheduler=SchedulerConfig(max_num_queued_reqs=1),
         ) as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
@@ -213,6 +215,8 @@ def test_starting_draining_and_a_full_queue(tokenizer: Tokenizer) -> None:
             wait_until(lambda: server.engine.num_unfinished == 5)
             assert http.get("/load").json() == {"server_load": 1}
             refused("queue_full")
+            refusals = 'vllm:admission_rejections_total{engine="0",model_name="tiny",'
+            assert refusals + 'reason="max_num_queued_reqs"} 1.0' in http.get("/metrics").text
             lifecycle.drain()
             assert http.get("/ready").status_code == 503
             refused("draining")

@@ -22,6 +22,8 @@ class Metrics(Protocol):
 
     def render(self) -> bytes: ...
 
+    def on_rejected(self, reason: str) -> None: ...
+
     def on_stop_string(self, request_id: str) -> None: ...
 
     def observe_http(self, *, handler: str, method: str, status: int, seconds: float) -> None: ...
@@ -68,6 +70,8 @@ class Front:
             return
         num_waiting = self.engine.num_unfinished - self.engine.info.max_num_seqs
         if num_waiting + num_new > limit:
+            if self.metrics is not None:
+                self.metrics.on_rejected("max_num_queued_reqs")
             raise UnavailableError(
                 f"{max(0, num_waiting)} requests are already waiting, {num_new} came, "
                 f"and at most {limit} may wait",

@@ -122,6 +122,7 @@ TABLE: Mapping[str, Row] = {
     "vllm:iteration_tokens_total": _histogram("Tokens per step.", _STEP_TOKENS),
     "vllm:request_prompt_tokens": _histogram("Prompt tokens per request."),
     "vllm:request_generation_tokens": _histogram("Generated tokens per request."),
+    "vllm:admission_rejections": _counter("Requests refused on arrival, by limit.", "reason"),
     "vllm:request_params_max_tokens": _histogram("max_tokens of requests."),
     "vllm:request_max_num_generation_tokens": _histogram("Most generated tokens asked for."),
     "vllm:request_prefill_kv_computed_tokens": _histogram("Prompt tokens computed, not cached."),
@@ -214,6 +215,7 @@ class Metrics:
             self._labelled("vllm:request_success", finished_reason=reason.value)
         for source in ("local_compute", "local_cache_hit"):
             self._labelled("vllm:prompt_tokens_by_source", source=source)
+        self._labelled("vllm:admission_rejections", reason="max_num_queued_reqs")
         self._labelled("octavo:build", version=__version__).set(1)
         for phase, seconds in (start_phases or info.phases).items():
             self._labelled("octavo:ready_seconds", phase=phase).set(seconds)
@@ -259,6 +261,10 @@ class Metrics:
         parent = self._tracks.get(request.fork_of) if request.fork_of is not None else None
         if parent is not None:
             parent.num_choices += 1
+
+    def on_rejected(self, reason: str) -> None:
+        """A request was refused on arrival, because of the limit ``reason``."""
+        self._labelled("vllm:admission_rejections", reason=reason).inc()
 
     def on_stop_string(self, request_id: str) -> None:
         """The front end found a stop string and ends the request: a stop, not an abort."""
