@@ -97,6 +97,27 @@ def test_long_bodies_in_small_chunks_are_no_heads(server: Server) -> None:
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
+def test_clients_that_do_nothing_do_not_hold_up_the_end(model_dir: Path, tmp_path: Path) -> None:
+    body = b'{"prompt": [5], "max_tokens": 100000, "ignore_eos": true, "stream": true}'
+    start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    log = tmp_path / "log"
+    with (
+        log.open("w") as stderr,
+        serving(model_dir, "--port", "0", "--shutdown-timeout", "0", stderr=stderr) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE) as half,
+        socket.socket() as deaf,
+    ):
+        half.sendall(start + body[:5])
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.settimeout(DEADLINE)
+        deaf.connect(("127.0.0.1", server.port))
+        deaf.sendall(start + body)
+        assert deaf.recv(9) == b"HTTP/1.1 "
+        server.process.terminate()
+        assert server.process.wait(DEADLINE) == 0
+    assert "Traceback" not in log.read_text()
+
+
 def test_tls(model_dir: Path, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     key.write_text(KEY)

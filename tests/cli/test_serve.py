@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -71,7 +71,9 @@ class Server:
 
 
 @contextmanager
-def serving(model_dir: Path, *flags: str) -> Iterator[Server]:
+def serving(
+    model_dir: Path, *flags: str, stderr: int | IO[str] = subprocess.DEVNULL
+) -> Iterator[Server]:
     process = subprocess.Popen(
         [
             *COMMAND,
@@ -80,7 +82,7 @@ def serving(model_dir: Path, *flags: str) -> Iterator[Server]:
         ],
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         text=True,
     )
     watchdog = threading.Timer(DEADLINE, process.kill)
