@@ -117,7 +117,7 @@ class CacheConfig:
 class SchedulerConfig:
     """What runs in a step."""
 
-    max_num_seqs: int = _opt(256, "most requests running at once", minimum=1)
+    max_num_seqs: int = _opt(256, "most requests running at once", minimum=1, maximum=65536)
     max_num_batched_tokens: int | None = _opt(
         None, "most tokens in one step; default by device", minimum=1
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import ssl
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,28 +16,6 @@ import pytest
 
 from octavo.cli.http_protocol import MAX_HEAD_BYTES
 from tests.cli.test_serve import DEADLINE, Server, serving
-
-# Made for this test alone, for localhost and 127.0.0.1: nobody trusts it.
-KEY = """
------BEGIN EC PRIVATE KEY-----
-MHcCAQEEIDfBJxynRhfEBj+xsjZjfqnP4SYDhCgKUT8RsXP2l9r8oAoGCCqGSM49
-AwEHoUQDQgAELsRGSa2sdCx/R6edWmBZBKgCWHhoOLa5Aj7r04Sjkcg2SODmEMs0
-h6mC1nqI4FBynFcizbUDrFRUJYz3S9AkvA==
------END EC PRIVATE KEY-----
-"""
-CERTIFICATE = """
------BEGIN CERTIFICATE-----
-MIIBmzCCAUGgAwIBAgIUCLqb9P+8aW4JP3mRqxPNWcbnv4EwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMzA2MDg1MloYDzIxMjYxMDMw
-MDYwODUyWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAAQuxEZJrax0LH9Hp51aYFkEqAJYeGg4trkCPuvThKORyDZI4OYQyzSH
-qYLWeojgUHKcVyLNtQOsVFQljPdL0CS8o28wbTAdBgNVHQ4EFgQUMZKUWGsOZqYZ
-F+ydxdSXTud3/J0wHwYDVR0jBBgwFoAUMZKUWGsOZqYZF+ydxdSXTud3/J0wGgYD
-VR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMA8GA1UdEwEB/wQFMAMBAf8wCgYIKoZI
-zj0EAwIDSAAwRQIgQ+X0qJbw+yu0eXOQlwhpN4ahqRyRdGzqVkNkqdcJpQcCIQDC
-ZfV7eDja/EFlmb7+iYlYEc4/R9PgWpjXF/aaqLlvBw==
------END CERTIFICATE-----
-"""
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +98,13 @@ def test_clients_that_do_nothing_do_not_hold_up_the_end(model_dir: Path, tmp_pat
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_tls(model_dir: Path, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    key.write_text(KEY)
-    certificate.write_text(CERTIFICATE)
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc -days 2 "
+    make += "-subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1 "
+    make += f"-keyout {key} -out {certificate}"
+    subprocess.run(make.split(), check=True, capture_output=True)
     flags = ("--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--port", "0")
     trusting = ssl.create_default_context(cafile=str(certificate))
     with serving(model_dir, *flags) as server:
