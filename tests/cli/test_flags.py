@@ -112,7 +112,7 @@ WRONG = [
     (["--port", "70000"], "port must be from 0 to 65535, got 70000"),
     (["--port", "x"], "expected a whole number such as 4096, 8k, 8K or 2GiB, got 'x'"),
     (["--block-size", "17"], "--block-size"),
-    (["--max-num-seqs", "0"], "max_num_seqs must be at least 1, got 0"),
+    (["--max-num-seqs", "0"], "max_num_seqs must be from 1 to 65536, got 0"),
     (["--gpu-memory-utilization", "2"], "gpu_memory_utilization must be from 0.01 to 1.0"),
     (["--gpu-memory-utilization", "nan"], "gpu_memory_utilization must be from 0.01 to 1.0"),
     (["--dtype", "int8"], "invalid choice: 'int8'"),
