@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from octavo_kernels.parallel import num_threads, set_num_threads
+from octavo_kernels.parallel import Kernel, num_threads, set_num_threads
 
-__all__ = ["num_threads", "set_num_threads", "warm"]
+__all__ = ["kernels", "num_threads", "set_num_threads", "warm"]
 
 
-def warm(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    """Compiles, or loads from disk, every CPU kernel that a server with these dtypes calls.
-
-    Seconds on a machine's first start, a fraction of one later. No later call compiles anything.
-    """
+def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kernel]:
+    """Every CPU kernel that a server with these dtypes calls; compiles none."""
     # Here, so that whoever needs one op (or only a spec) does not import all of them.
     from octavo_kernels import (
         block_copy,
@@ -25,7 +22,16 @@ def warm(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
         silu_mul,
     )
 
-    matmul.warm(weight_dtype)
-    paged_attention.warm(cache_dtype=cache_dtype)
+    found = [*matmul.kernels(weight_dtype), *paged_attention.kernels(cache_dtype=cache_dtype)]
     for op in (block_copy, rms_norm, rotary_kv_write, sampling, silu_mul):
-        op.warm()
+        found += op.kernels()
+    return found
+
+
+def warm(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Compiles, or loads from disk, every CPU kernel that a server with these dtypes calls.
+
+    Seconds on a machine's first start, a fraction of one later. No later call compiles anything.
+    """
+    for kernel in kernels(weight_dtype=weight_dtype, cache_dtype=cache_dtype):
+        assert kernel.address

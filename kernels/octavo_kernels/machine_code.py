@@ -12,8 +12,10 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,9 +25,11 @@ from typing import Any
 import numba
 from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
+from numba.core.registry import cpu_target
 
 _PACKAGE = __name__.partition(".")[0]
 _numba_config: Any = numba.config
+_cpu_target: Any = cpu_target
 # numba numbers functions per process and puts the number into symbol names, which it then merges
 # by name. Two closures compiled by two processes may bear one name, and a third process loading
 # both from disk would run one in place of the other. Numbers from a random start never meet.
@@ -98,6 +102,16 @@ def _directories() -> list[Path]:
     return folders
 
 
+def is_any_writable() -> bool:
+    """Whether machine code can be kept in some directory."""
+    for directory in _directories():
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                return True
+    return False
+
+
 class MachineCodeCache(NullCache):
     """One function's entry: load from any directory, save to the first writable, never raise.
 
@@ -125,6 +139,19 @@ class MachineCodeCache(NullCache):
                 return found
         return None
 
+    def holds(self, sig: Any) -> bool:
+        """Whether some directory has code for the signature and this machine; loads none."""
+        codegen = _cpu_target.target_context.codegen()
+        for place in self._caches:
+            try:
+                file = place._cache_file
+                name = file._load_index().get(place._index_key(str(sig), codegen))
+                if name is not None and os.path.exists(file._data_path(name)):
+                    return True
+            except Exception as error:
+                _log.debug("unreadable machine code in %s: %r", place.cache_path, error)
+        return False
+
     def save_overload(self, sig: Any, data: Any) -> None:
         for place in self._caches:
             try:
@@ -142,6 +169,12 @@ def _directory_cache(function: Callable[..., Any], directory: Path, stamp: str) 
             self._locator = _Locator(directory, stamp)
             base: Any = self.get_filename_base
             self._filename_base = base(py_func.__name__, sys.implementation.cache_tag)
+
+        def check_cachable(self, cres: Any) -> bool:
+            # numba's own warns, and looks for a source file that a locator need not have.
+            if any(not lifted.can_cache for lifted in cres.lifted):
+                return False
+            return not cres.library.has_dynamic_globals
 
     class LocatedCache(FunctionCache):
         _impl_class = Located

@@ -294,6 +294,14 @@ class Kernel:
             self._address = _compile(self._body, self._names)
         return self._address
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether `address` would only load the machine code, if that; asked without loading."""
+        if self._address:
+            return True
+        entry = _entry(self._body, self._names)
+        return MachineCodeCache(entry, body=self._body).holds(_ENTRY_SIGNATURE)
+
     def __call__(self, num_parts: int, *args: int | float) -> None:
         """Runs parts 0..num_parts-1, on several threads where num_parts > 1."""
         if num_parts <= 0:
@@ -318,8 +326,11 @@ def device(function: Callable[..., Any]) -> Any:
 _COMPILE_LOCK = threading.Lock()
 
 
-def _compile(body: Callable[..., None], names: tuple[str, ...]) -> int:
-    """Compiles body behind a C entry `(part, num_parts, args)` that unpacks its arguments."""
+_ENTRY_SIGNATURE = types.void(types.int64, types.int64, types.int64)
+
+
+def _entry(body: Callable[..., None], names: tuple[str, ...]) -> Any:
+    """A function `(part, num_parts, args)` that unpacks its arguments and calls body."""
     loads = [
         f"_arg_{'float' if _is_float(body, name) else 'int'}(args, {index})"
         for index, name in enumerate(names)
@@ -336,11 +347,16 @@ def _compile(body: Callable[..., None], names: tuple[str, ...]) -> int:
         "_arg_float": _arg_float,
     }
     exec(compile(source, body.__code__.co_filename, "exec"), scope)
-    entry = scope[entry_name]
+    return scope[entry_name]
+
+
+def _compile(body: Callable[..., None], names: tuple[str, ...]) -> int:
+    """Compiles body behind a C entry, or loads it from the cache."""
+    entry = _entry(body, names)
     with _COMPILE_LOCK:
-        arguments = (types.int64, types.int64, types.int64)
+        signature = (_ENTRY_SIGNATURE.args, _ENTRY_SIGNATURE.return_type)
         options = {"error_model": "numpy", "nopython": True, "nogil": True}
-        compiled: Any = CFunc(entry, (arguments, types.void), {}, options)
+        compiled: Any = CFunc(entry, signature, {}, options)
         compiled._cache = MachineCodeCache(entry, body=body)
         compiled.compile()
     _KEEP.append(compiled)
@@ -365,6 +381,11 @@ def _start() -> _Pool:
             assert _nothing.address
             _current = _Pool(num_threads())
         return _current
+
+
+def warm() -> None:
+    """Starts the threads, which the first launch does otherwise; compiles or loads their code."""
+    _start()
 
 
 def num_threads() -> int:

@@ -12,7 +12,7 @@ from octavo_kernels.block_copy import cpu
 from octavo_kernels.block_copy.reference import block_copy_reference
 from octavo_kernels.op import require_device
 
-__all__ = ["block_copy", "block_copy_reference", "warm"]
+__all__ = ["block_copy", "block_copy_reference", "kernels", "warm"]
 
 _SERIAL_BYTES = 1 << 16
 
@@ -52,6 +52,12 @@ def block_copy(caches: Sequence[Tensor], *, src: Tensor, dst: Tensor) -> None:
         )
 
 
+def kernels() -> tuple[parallel.Kernel, ...]:
+    """What a server calls."""
+    return (cpu.copy_blocks,)
+
+
 def warm() -> None:
     """Compile the kernel or load it from disk."""
-    assert cpu.copy_blocks.address
+    for kernel in kernels():
+        assert kernel.address

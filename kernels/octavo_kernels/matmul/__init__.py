@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 
 from octavo_kernels.matmul.cpu import gather_kernel, matmul_kernel
-from octavo_kernels.matmul.packed import PACKED_DTYPES, PackedWeight, pack_rows_, unpack
+from octavo_kernels.matmul.packed import (
+    PACKED_DTYPES,
+    PackedWeight,
+    pack_rows_,
+    panel_width,
+    unpack,
+)
 from octavo_kernels.op import no_kernel
+from octavo_kernels.parallel import Kernel
 from octavo_kernels.simd import LANES
 
-__all__ = ["PackedWeight", "gather_rows", "matmul", "pack_rows_", "unpack", "warm"]
+__all__ = ["PackedWeight", "gather_rows", "kernels", "matmul", "pack_rows_", "unpack", "warm"]
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Multiply-adds below which waking another thread costs more than it gains.
@@ -113,11 +120,16 @@ def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     return out
 
 
+def kernels(dtype: torch.dtype) -> tuple[Kernel, ...]:
+    """What a server with weights of dtype calls."""
+    name = _NAMES[dtype]
+    return matmul_kernel(name, panel_width() // LANES), gather_kernel(name)
+
+
 def warm(dtype: torch.dtype) -> None:
     """Compiles, or loads from the cache, the kernels for weights of dtype."""
-    weight = PackedWeight.empty(3, 5, dtype=dtype)
-    matmul(torch.zeros(2, 5), weight)
-    gather_rows(weight, torch.zeros(1, dtype=torch.int64))
+    for kernel in kernels(dtype):
+        assert kernel.address
 
 
 assert tuple(_NAMES) == PACKED_DTYPES

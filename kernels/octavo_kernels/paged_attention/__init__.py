@@ -15,7 +15,7 @@ from octavo_kernels.paged_attention import cpu
 from octavo_kernels.paged_attention.reference import paged_attention_reference
 from octavo_kernels.simd import LANES
 
-__all__ = ["kv_cache_shapes", "paged_attention", "paged_attention_reference", "warm"]
+__all__ = ["kernels", "kv_cache_shapes", "paged_attention", "paged_attention_reference", "warm"]
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
@@ -195,7 +195,12 @@ def _refuse(call: array.array[int], query_start_loc: Tensor, seq_lens: Tensor) -
     )
 
 
+def kernels(*, cache_dtype: torch.dtype) -> tuple[parallel.Kernel, ...]:
+    """What a server calls with this cache dtype."""
+    return (cpu.make_plan, _ATTEND[cache_dtype], cpu.merge)
+
+
 def warm(*, cache_dtype: torch.dtype) -> None:
     """Compile, or load from disk, every kernel a server with this cache dtype calls."""
-    for entry in (cpu.make_plan, _ATTEND[cache_dtype], cpu.merge):
-        assert entry.address
+    for kernel in kernels(cache_dtype=cache_dtype):
+        assert kernel.address

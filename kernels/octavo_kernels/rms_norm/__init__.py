@@ -10,7 +10,7 @@ from octavo_kernels.op import require_device
 from octavo_kernels.rms_norm import cpu
 from octavo_kernels.rms_norm.reference import rms_norm_reference
 
-__all__ = ["rms_norm", "rms_norm_reference", "warm"]
+__all__ = ["kernels", "rms_norm", "rms_norm_reference", "warm"]
 
 _SERIAL_ELEMENTS = 1 << 14  # below this, one thread is done before a second has started
 
@@ -65,6 +65,12 @@ def rms_norm(
     return out
 
 
+def kernels() -> tuple[parallel.Kernel, ...]:
+    """What a server calls."""
+    return (cpu.normalise,)
+
+
 def warm() -> None:
     """Compile the kernel or load it from disk."""
-    assert cpu.normalise.address
+    for kernel in kernels():
+        assert kernel.address

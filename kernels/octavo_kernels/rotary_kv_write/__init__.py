@@ -14,7 +14,7 @@ from octavo_kernels.paged_attention import kv_cache_shapes
 from octavo_kernels.rotary_kv_write import cpu
 from octavo_kernels.rotary_kv_write.reference import rotary_kv_write_reference
 
-__all__ = ["rotary_kv_write", "rotary_kv_write_reference", "warm"]
+__all__ = ["kernels", "rotary_kv_write", "rotary_kv_write_reference", "warm"]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INDEX_BYTES = {torch.int32: 4, torch.int64: 8}
@@ -147,6 +147,12 @@ def _check_tables(
             raise ValueError(f"{name} must be [{head_dim}], got {tuple(weight.shape)}")
 
 
+def kernels() -> tuple[parallel.Kernel, ...]:
+    """What a server calls."""
+    return (cpu.rotate_and_write,)
+
+
 def warm() -> None:
     """Compile the kernel or load it from disk."""
-    assert cpu.rotate_and_write.address
+    for kernel in kernels():
+        assert kernel.address

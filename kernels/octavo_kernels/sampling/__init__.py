@@ -34,6 +34,7 @@ __all__ = [
     "apply_logit_params",
     "draws_reference",
     "filtered_probs_reference",
+    "kernels",
     "philox_reference",
     "sample",
     "sample_reference",
@@ -245,7 +246,12 @@ def topn_logprobs(logits: Tensor, *, chosen: Tensor, num_best: int) -> TopLogpro
     return found
 
 
+def kernels() -> tuple[parallel.Kernel, ...]:
+    """What a server calls."""
+    return (cpu.sample_rows, cpu_params.apply_params, cpu_logprobs.logprob_rows)
+
+
 def warm() -> None:
     """Compiles, or loads from disk, every sampling kernel."""
-    for entry in (cpu.sample_rows, cpu_params.apply_params, cpu_logprobs.logprob_rows):
-        assert entry.address
+    for kernel in kernels():
+        assert kernel.address

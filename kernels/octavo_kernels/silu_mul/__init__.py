@@ -13,6 +13,7 @@ from octavo_kernels.silu_mul.reference import gelu_tanh_mul_reference, silu_mul_
 __all__ = [
     "gelu_tanh_mul",
     "gelu_tanh_mul_reference",
+    "kernels",
     "silu_mul",
     "silu_mul_reference",
     "warm",
@@ -56,6 +57,12 @@ def _run(name: str, rows: parallel.Kernel, x: Tensor, out: Tensor | None) -> Ten
     return out
 
 
+def kernels() -> tuple[parallel.Kernel, ...]:
+    """What a server calls."""
+    return (cpu.silu_rows, cpu.gelu_rows)
+
+
 def warm() -> None:
     """Compile the kernels or load them from disk."""
-    assert cpu.silu_rows.address and cpu.gelu_rows.address
+    for kernel in kernels():
+        assert kernel.address

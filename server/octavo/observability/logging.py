@@ -16,13 +16,13 @@ _FORMAT = "%(levelname)s %(asctime)s [%(name)s] %(message)s"
 
 
 def set_up_logging(level: str = "info") -> None:
-    """Sends the lines of ``octavo`` and ``uvicorn`` at `level` or above to standard error.
+    """Sends what octavo, its kernels and uvicorn log at `level` or above to standard error.
 
     `level`: one of `octavo.config.ServerConfig.uvicorn_log_level`.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%m-%d %H:%M:%S"))
-    for logger in (log, logging.getLogger("uvicorn")):
+    for logger in (log, *map(logging.getLogger, ("octavo_kernels", "uvicorn"))):
         logger.handlers[:] = [handler]
         logger.setLevel("DEBUG" if level == "trace" else level.upper())
         logger.propagate = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -21,7 +22,7 @@ from octavo.worker.sizing import (
     plan_cache,
     usable_cores,
 )
-from octavo_kernels import block_copy, parallel, sampling
+from octavo_kernels import block_copy, parallel, precompile, sampling
 
 _WARM_TOKENS = (1, 2, 40)  # lengths of the made-up prompts that warm the kernels
 
@@ -38,6 +39,15 @@ def set_threads(wanted: int | None) -> int:
     parallel.set_num_threads(num_threads)
     torch.set_num_threads(num_threads)
     return num_threads
+
+
+def kernels_compiled(config: EngineConfig) -> AbstractContextManager[None]:
+    """While the block loads the model, other processes compile the kernels that were never used.
+
+    On a machine's first start only; the end of the block waits for them.
+    """
+    weights = weight_dtype(config.model.dtype, device="cpu")
+    return precompile.precompiled(weight_dtype=weights, cache_dtype=_kv_dtype(config))
 
 
 def load(config: EngineConfig, *, files: ModelFiles, spec: ModelSpec) -> Model:

@@ -46,13 +46,13 @@ def build_worker(config: EngineConfig) -> tuple[InlineExecutor | ThreadExecutor,
     phases.end("import")
     startup.check_device(config.model.device)
     num_threads = startup.set_threads(config.model.num_threads)
-    files = resolve(config.model)
-    spec = files.spec
-    phases.end("resolve")
-    model = startup.load(config, files=files, spec=spec)
-    phases.end("load")
-    plan, runner = startup.make_runner(config, model=model)
-    phases.end("cache")
+    with startup.kernels_compiled(config):
+        files = resolve(config.model)
+        phases.end("resolve")
+        model = startup.load(config, files=files, spec=files.spec)
+        phases.end("load")
+        plan, runner = startup.make_runner(config, model=model)
+        phases.end("cache")
     startup.warm(runner, plan=plan, block_size=config.cache.block_size)
     phases.end("warm")
     for note in plan.notes:
