@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -56,15 +56,18 @@ def precompiled(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> Itera
         for kernel in octavo_kernels.kernels(weight_dtype=weight_dtype, cache_dtype=cache_dtype)
         if not kernel.is_cached
     ]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in (weight_dtype, cache_dtype)]
     deadline = time.monotonic() + _LONGEST_SECONDS
-    processes = _start(missing, [_name(weight_dtype), _name(cache_dtype)]) if missing else []
+    processes = _start(missing, dtypes) if missing else []
     try:
         yield
         if processes:
             parallel.warm()  # compiled here, in time that is spent waiting anyway
         for process in processes:
-            code = _wait(process, deadline - time.monotonic())
-            if code != 0:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            if process.returncode != 0:
+                code = process.returncode  # None: it still runs
                 _log.info("a process that compiled kernels ended early (exit code %s)", code)
     finally:
         for process in processes:
@@ -72,10 +75,6 @@ def precompiled(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> Itera
             process.wait()
             if process.stdin is not None:
                 process.stdin.close()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _seconds(kernel: Kernel) -> float:
@@ -97,8 +96,8 @@ def _start(missing: Sequence[Kernel], dtypes: Sequence[str]) -> list[subprocess.
     # More processes would only wait for the longest kernel.
     count = min(octavo_kernels.num_threads(), math.ceil(total / max(durations)))
     is_kept = is_any_writable()
-    is_alone = not is_kept or count < 2 or total < _START_SECONDS
-    shares = [] if is_alone else _shares(missing, count)
+    is_worth_it = is_kept and count > 1 and total >= _START_SECONDS
+    shares = _shares(missing, count) if is_worth_it else []
     longest = max((sum(map(_seconds, share)) for share in shares), default=total)
     if total >= _START_SECONDS:
         _log.info(
@@ -108,9 +107,8 @@ def _start(missing: Sequence[Kernel], dtypes: Sequence[str]) -> list[subprocess.
         )
     processes = []
     for share in shares:
-        names = [kernel.name for kernel in share]
         try:
-            processes.append(_launch([*dtypes, *names]))
+            processes.append(_launch([*dtypes, *(kernel.name for kernel in share)]))
         except OSError as error:
             _log.info("no process could be started to compile kernels: %s", error)
             break
@@ -129,14 +127,6 @@ def _launch(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))},
         start_new_session=True,  # Ctrl-C is for the parent to understand
     )
-
-
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit code, or None when it still runs after `seconds`."""
-    try:
-        return process.wait(max(0.0, seconds))
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _end_with_parent() -> None:

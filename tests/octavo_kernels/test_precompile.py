@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,9 +28,8 @@ def few_kernels(**dtypes: torch.dtype) -> list[Kernel]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache for this process and those it starts; every amount of work is worth some."""
-    place = tmp_path / octavo_kernels.__name__
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    """An empty cache for this process; every amount of work is worth a few others."""
+    place = tmp_path / "cache"
     monkeypatch.setattr(machine_code, "_directories", lambda: [place])
     monkeypatch.setattr(octavo_kernels, "kernels", few_kernels)
     monkeypatch.setattr(precompile, "_START_SECONDS", 0.0)
@@ -39,15 +39,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     parallel.set_num_threads(before)
 
 
+# The checkout's own cache may hold the kernels already.
+PROGRAM = """
+import sys
+from pathlib import Path
+from octavo_kernels import machine_code, precompile
+machine_code._directories = lambda: [Path(sys.argv[1])]
+precompile.main(sys.argv[2:])
+"""
+
+
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The arguments of every process that was started."""
+def started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arguments of every process that was started; all of them know one cache only."""
     calls: list[list[str]] = []
-    launch = precompile._launch
+    root = str(Path(octavo_kernels.__file__).parents[1])
 
     def note(arguments: list[str]) -> subprocess.Popen[bytes]:
         calls.append(arguments)
-        return launch(arguments)
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(folder), *arguments],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": root},
+        )
 
     monkeypatch.setattr(precompile, "_launch", note)
     return calls
