@@ -93,6 +93,7 @@ def matmul_kernel(dtype: str, vectors: int) -> Kernel:
                         n * 4,
                         columns,
                         start,
+                        panel_w + depth * row_bytes + (tile & 1) * (depth * row_bytes // 2),
                     )
                     if start + depth >= k and (bias != 0 or residual != 0):
                         left = bias + 4 * panel * width if bias != 0 else 0
