@@ -6,8 +6,9 @@
 
 LOAD.py is a closed-loop streaming client for OpenAI-compatible servers that prints one JSON row per
 level; it takes ``--base-url --model --label --server-pid --workloads --concurrency --requests``. A
-server that is not being measured is stopped with SIGSTOP, so it cannot disturb the others, and every
-row says how busy the rest of the machine was (``other_cores``). Rows are appended to ``--out``.
+server that is not being measured is stopped with SIGSTOP, so it cannot disturb the others, and
+every row says how busy the rest of the machine was (``other_cores``). Rows are appended to
+``--out``.
 """
 
 from __future__ import annotations
