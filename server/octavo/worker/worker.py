@@ -46,9 +46,9 @@ def build_worker(config: EngineConfig) -> tuple[InlineExecutor | ThreadExecutor,
     phases.end("import")
     startup.check_device(config.model.device)
     num_threads = startup.set_threads(config.model.num_threads)
+    files = resolve(config.model)  # first: a wrong model must be told at once
+    phases.end("resolve")
     with startup.kernels_compiled(config):
-        files = resolve(config.model)
-        phases.end("resolve")
         model = startup.load(config, files=files, spec=files.spec)
         phases.end("load")
         plan, runner = startup.make_runner(config, model=model)
