@@ -29,7 +29,6 @@ from octavo_kernels.vectors import (
     VI16,
     VI32,
     f32x16,
-    i32x16,
     mask16,
     vector_op,
 )
@@ -89,18 +88,6 @@ def store_bf16(b: Any, a: Any) -> Any:
     b.store(b.trunc(half, VI16), pointer(b, a[0], VI16), align=2)
 
 
-@vector_op(i32x16, types.int64)
-def load_i32(b: Any, a: Any) -> Any:
-    """16 int32 at an address."""
-    return b.load(pointer(b, a[0], VI32), align=4)
-
-
-@vector_op(types.void, types.int64, i32x16)
-def store_i32(b: Any, a: Any) -> Any:
-    """Stores 16 int32."""
-    b.store(a[1], pointer(b, a[0], VI32), align=4)
-
-
 @vector_op(types.float32, types.int64)
 def get_f32(b: Any, a: Any) -> Any:
     """One float32 at an address."""
@@ -152,22 +139,9 @@ def put_bf16(b: Any, a: Any) -> Any:
 
 
 @vector_op(types.void, types.int64, types.int64)
-def put_i32(b: Any, a: Any) -> Any:
-    """Stores the low 32 bits of an integer."""
-    b.store(b.trunc(a[1], I32), pointer(b, a[0], I32), align=4)
-
-
-@vector_op(types.void, types.int64, types.int64)
 def put_i64(b: Any, a: Any) -> Any:
     """Stores one int64."""
     b.store(a[1], pointer(b, a[0], I64), align=8)
-
-
-@vector_op(types.void, types.int64)
-def prefetch(b: Any, a: Any) -> Any:
-    """Asks for the cache line of an address; never faults."""
-    values = [pointer(b, a[0], ir.IntType(8)), I32(0), I32(3), I32(1)]
-    call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), values)
 
 
 @vector_op(types.void, types.int64, types.int64, types.int64)
@@ -191,12 +165,6 @@ def splat(b: Any, a: Any) -> Any:
 def fma(b: Any, a: Any) -> Any:
     """a * b + c rounded once, per lane."""
     return call_llvm(b, "llvm.fma.v16f32", VF32, list(a))
-
-
-@vector_op(types.float32, types.float32, types.float32, types.float32)
-def fma1(b: Any, a: Any) -> Any:
-    """Scalar a * b + c rounded once."""
-    return call_llvm(b, "llvm.fma.f32", F32, list(a))
 
 
 @vector_op(f32x16, f32x16, f32x16)
@@ -244,12 +212,6 @@ def minimum(b: Any, a: Any) -> Any:
 # ---- masks and lanes -------------------------------------------------------------------------
 
 
-@vector_op(i32x16)
-def lane_ids(b: Any, a: Any) -> Any:
-    """0, 1, .. 15."""
-    return ir.Constant(VI32, list(range(LANES)))
-
-
 @vector_op(mask16, types.int64)
 def first_lanes(b: Any, a: Any) -> Any:
     """True in lanes below count; count may be any integer."""
@@ -268,28 +230,10 @@ def equal(b: Any, a: Any) -> Any:
     return b.fcmp_ordered("==", a[0], a[1])
 
 
-@vector_op(mask16, mask16, mask16)
-def both(b: Any, a: Any) -> Any:
-    """Mask and mask."""
-    return b.and_(a[0], a[1])
-
-
-@vector_op(mask16, mask16)
-def invert(b: Any, a: Any) -> Any:
-    """Not mask."""
-    return b.not_(a[0])
-
-
 @vector_op(f32x16, mask16, f32x16, f32x16)
 def select(b: Any, a: Any) -> Any:
     """a where mask, else b."""
     return b.select(a[0], a[1], a[2])
-
-
-@vector_op(types.int64, mask16)
-def mask_bits(b: Any, a: Any) -> Any:
-    """The mask as an integer, lane 0 in bit 0."""
-    return b.zext(b.bitcast(a[0], I16), I64)
 
 
 @vector_op(f32x16, types.int64, mask16)
