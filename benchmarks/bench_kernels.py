@@ -8,14 +8,11 @@ benchmarks/results/<cpu>/kernels.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.machine import passport
+from benchmarks.machine import keep_row, passport
 from octavo_kernels import num_threads, set_num_threads
 from octavo_kernels.benchmarking import Timing, assert_green, time_case
 from octavo_kernels.op import Case, OpSpec, all_specs
@@ -52,8 +49,6 @@ def main() -> None:
         set_num_threads(args.threads)
         torch.set_num_threads(args.threads)
     about = passport()
-    cpu = re.sub(r"\W+", "_", str(about["cpu"])).strip("_")
-    path = Path(__file__).parent / "results" / cpu / "kernels.jsonl"
     specs = [spec for spec in all_specs() if args.op in (None, spec.name)]
     if not specs:
         parser.error(f"no op {args.op!r}; there are {[spec.name for spec in all_specs()]}")
@@ -75,9 +70,7 @@ def main() -> None:
                         f" {row['p90_us']:9.1f} {row['gb_per_s']:7.1f} {row['gflop_per_s']:7.1f}"
                     )
                     if args.write:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        with path.open("a") as file:
-                            file.write(json.dumps({**row, **about}) + "\n")
+                        keep_row("kernels", {**row, **about})
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import re
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, quantiles
 
 import msgspec
 
-from benchmarks.machine import passport
+from benchmarks.machine import keep_row, passport
 from octavo.config import SchedulerConfig
 from octavo.engine.fake import FakeExecutor
 from octavo.kvcache.manager import KVCacheManager
@@ -135,8 +132,6 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="append rows to benchmarks/results")
     args = parser.parse_args()
     about = {**passport(), "msgspec": msgspec.__version__}
-    cpu = re.sub(r"\W+", "_", str(about["cpu"])).strip("_")
-    path = Path(__file__).parent / "results" / cpu / "scheduler.jsonl"
     print("".join(f"{title:>9}" for title in TITLES), " (ms)")
     gc.freeze()
     for num_running, num_blocks in (*SMALL_CACHE, *CASES):
@@ -144,9 +139,7 @@ def main() -> None:
         row = row_of(num_running, num_blocks, samples)
         print("".join(f"{row[key]!s:>9}" for key in TITLES.values()))
         if args.write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps({**row, **about}) + "\n")
+            keep_row("scheduler", {**row, **about})
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,27 +40,24 @@ def version(package: str) -> str | None:
         return None
 
 
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).resolve().parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
 def commit() -> str:
     """Commit of this checkout, with ``+`` when the tree has changes; ``unknown`` outside git."""
-    root = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=10", "HEAD"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        head = _git("rev-parse", "--short=10", "HEAD")
+        is_changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + ("+" if dirty else "")
+    return head + ("+" if is_changed else "")
 
 
 def passport() -> dict[str, Any]:
@@ -70,3 +70,12 @@ def passport() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES if version(package)},
     }
+
+
+def keep_row(name: str, row: Mapping[str, Any]) -> None:
+    """Appends a row to ``results/<cpu>/<name>.jsonl``. ``row`` holds its `passport`."""
+    folder = re.sub(r"\W+", "_", str(row["cpu"])).strip("_")
+    path = Path(__file__).resolve().parent / "results" / folder / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(dict(row)) + "\n")
