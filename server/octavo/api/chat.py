@@ -12,12 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.api.front import Front
-from octavo.api.generation import Job, Usage, gather_job, make_job, run_job, while_connected
+from octavo.api.generation import Job, Usage, gather_job, make_job, run_job
 from octavo.api.logprobs import LogprobFormat
 from octavo.api.prompts import fit, render_chat
 from octavo.api.request_body import answering, documented, read_model
-from octavo.api.schemas import ChatCompletionRequest
-from octavo.api.sse import DONE, make_event, start_stream
+from octavo.api.schemas import ChatCompletionRequest, StreamOptions
+from octavo.api.sse import DONE, make_event, respond
 from octavo.engine.outputs import ChoiceDelta, ChoiceResult
 
 
@@ -36,9 +36,7 @@ def routes(front: Front) -> APIRouter:
         body = await read_model(request, ChatCompletionRequest, limit=limit)
         job = await _prepare(front, body, request_id=request.state.request_id)
         answer = _ChatAnswer(front, body, job)
-        if body.stream:
-            return await start_stream(request, answer.events())
-        return await while_connected(request, answer.whole())
+        return await respond(request, answer, is_streamed=bool(body.stream))
 
     return router
 
@@ -106,9 +104,8 @@ class _ChatAnswer:
         return choice
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        job, options = self._job, self._body.stream_options
-        has_usage = options is not None and bool(options.include_usage)
-        is_continuous = has_usage and options is not None and bool(options.continuous_usage_stats)
+        job, options = self._job, self._body.stream_options or StreamOptions()
+        has_usage, is_continuous = bool(options.include_usage), options.is_continuous
         event = make_event(
             has_usage_key=has_usage,
             id=job.response_id,

@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from octavo.api.errors import ApiError
 from octavo.api.front import Front
-from octavo.api.generation import Job, Usage, gather_job, make_job, run_job, while_connected
+from octavo.api.generation import Job, Usage, gather_job, make_job, run_job
 from octavo.api.logprobs import LogprobFormat, prompt_text
 from octavo.api.prompts import completion_prompts, is_batch
 from octavo.api.request_body import answering, documented, read_model
-from octavo.api.schemas import MAX_TOTAL_CHOICES, CompletionRequest
-from octavo.api.sse import DONE, make_event, start_stream
+from octavo.api.schemas import MAX_TOTAL_CHOICES, CompletionRequest, StreamOptions
+from octavo.api.sse import DONE, make_event, respond
 from octavo.engine.outputs import ChoiceDelta, ChoiceResult, best_choices
 from octavo.types import TokenLogprobs
 
@@ -38,9 +38,7 @@ def routes(front: Front) -> APIRouter:
         body = await read_model(request, CompletionRequest, limit=limit)
         job = await _prepare(front, body, request_id=request.state.request_id)
         answer = _CompletionAnswer(front, body, job)
-        if body.stream:
-            return await start_stream(request, answer.events())
-        return await while_connected(request, answer.whole())
+        return await respond(request, answer, is_streamed=bool(body.stream))
 
     return router
 
@@ -164,9 +162,8 @@ class _CompletionAnswer:
         return self._logprobs.completion(entries, offsets)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        job, options = self._job, self._body.stream_options
-        has_usage = options is not None and bool(options.include_usage)
-        is_continuous = has_usage and options is not None and bool(options.continuous_usage_stats)
+        job, options = self._job, self._body.stream_options or StreamOptions()
+        has_usage, is_continuous = bool(options.include_usage), options.is_continuous
         event = make_event(
             has_usage_key=has_usage,
             id=job.response_id,

@@ -164,6 +164,11 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = False
     include_obfuscation: Literal[False] | None = False
 
+    @property
+    def is_continuous(self) -> bool:
+        """Whether every chunk carries the usage so far."""
+        return bool(self.include_usage and self.continuous_usage_stats)
+
 
 class Generation(Body):
     """What completions and chat have in common."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -89,3 +89,18 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
 
 
 __all__ = ["DONE", "ClientGoneError", "Event", "EventStream", "make_event", "start_stream"]
+
+
+class Answer(Protocol):
+    """One request's answer, which can be given whole or as events."""
+
+    def events(self) -> AsyncGenerator[bytes, None]: ...
+
+    async def whole(self) -> Response: ...
+
+
+async def respond(request: Request, answer: Answer, *, is_streamed: bool) -> Response:
+    """The answer in the form that was asked for; its work ends when the client leaves."""
+    if is_streamed:
+        return await start_stream(request, answer.events())
+    return await while_connected(request, answer.whole())
