@@ -94,12 +94,12 @@ def require_device(op: str, tensor: Tensor, *, have: tuple[str, ...] = ("cpu",))
         raise no_kernel(op, tensor, have=have)
 
 
-def all_specs() -> list[OpSpec]:
-    """Every SPEC or SPECS of octavo_kernels/<op>/spec.py, by name."""
+def all_specs(file: str = "spec") -> list[OpSpec]:
+    """Every SPEC or SPECS of octavo_kernels/<op>/<file>.py, by name; "gpu_spec" needs triton."""
     package = Path(__file__).parent
     found: list[OpSpec] = []
-    for path in sorted(package.glob("*/spec.py")):
-        module = importlib.import_module(f"{__package__}.{path.parent.name}.spec")
+    for path in sorted(package.glob(f"*/{file}.py")):
+        module = importlib.import_module(f"{__package__}.{path.parent.name}.{file}")
         one = getattr(module, "SPEC", None)
         found += [one] if one is not None else list(module.SPECS)
     names = [spec.name for spec in found]
