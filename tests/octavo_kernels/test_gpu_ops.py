@@ -1,4 +1,4 @@
-"""Every GPU op against its reference: on the GPU, or in Triton's interpreter where there is none."""
+"""Every GPU op against its reference, on the GPU or else in Triton's interpreter."""
 
 import pytest
 import torch
