@@ -61,12 +61,15 @@ class Tunable:
     """An op whose launch choices are worth measuring.
 
     `keys` are the sizes the shipped table covers; `candidates(key)` the choices to try, the default
-    first; `make(key, choice)` builds inputs on the device once and returns the launch to time (and
-    what it launches must already be correct). `rotate` asks for so many input sets in turn, so that
-    weights or caches are cold in L2.
+    first; `make(key, choice)` builds inputs on the device once (the same whatever the choice: torch
+    is seeded before) and returns the launch to time, which returns what it computed, so that its
+    bits can be compared with the default's. `make` reads no tensor's value: it is also called with
+    every tensor on the device "meta", to find what there is to compile. `rotate` asks for up to so
+    many input sets in turn, as many as it takes for weights or caches to be cold in L2.
     """
 
     op: str
     keys: tuple[str, ...]
     candidates: Callable[[str], Iterable[Choice]]
     make: Callable[[str, Choice], Callable[[], Any]]
+    rotate: int = 1
