@@ -14,13 +14,6 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
-def is_shaped(slopes_ptr, rel_bias_ptr, SOFT_CAP: tl.constexpr) -> tl.constexpr:
-    """Whether logits go through `shape_logits` (then in natural units) or stay scores."""
-    shaped: tl.constexpr = SOFT_CAP > 0.0 or slopes_ptr is not None or rel_bias_ptr is not None
-    return shaped
-
-
-@triton.jit
 def logit_scale(scale, k_scale_ptr, kv_head):
     """The factor that turns scores to natural logits: scale, times the head's key scale."""
     if k_scale_ptr is not None:
@@ -29,9 +22,9 @@ def logit_scale(scale, k_scale_ptr, kv_head):
 
 
 @triton.jit
-def softmax_scale(scale, SHAPED: tl.constexpr):
-    """`softmax_tile`'s factor to base 2; scale as `logit_scale` gave it."""
-    if SHAPED:
+def softmax_scale(scale, slopes_ptr, rel_bias_ptr, SOFT_CAP: tl.constexpr):
+    """`softmax_tile`'s factor for what `shape_logits` returns; scale as `logit_scale` gave it."""
+    if SOFT_CAP > 0.0 or slopes_ptr is not None or rel_bias_ptr is not None:
         return _LOG2_E
     else:
         return scale * _LOG2_E
@@ -49,7 +42,12 @@ def shape_logits(
     span,
     SOFT_CAP: tl.constexpr,  # 0, or cap: x -> cap * tanh(x / cap), before anything is added
 ):
-    """Logits [M, TILE] in natural units."""
+    """Logits [M, TILE] in natural units; without any option the scores as they are.
+
+    Plain attention so keeps its single fma, inside `softmax_tile`.
+    """
+    if not (SOFT_CAP > 0.0 or slopes_ptr is not None or rel_bias_ptr is not None):
+        return s
     x = s * scale
     if SOFT_CAP > 0.0:
         # tanh(y) = sign(y) * (1 - t) / (1 + t), t = exp(-2 |y|): no overflow
