@@ -21,6 +21,7 @@ def rms_norm(
     *,
     eps: float,
     residual: Tensor | None = None,
+    weight_offset: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension; [T, D] float32 -> [T, D].
@@ -28,9 +29,19 @@ def rms_norm(
     With residual [T, D]: first residual += x in place, then the sum is what gets normalised, the
     order of a pre-norm block (h = residual + x; y = norm(h)). x itself is not changed; out may
     be x.
+    On a GPU also bfloat16 and float16, and weight_offset 1 (`octavo_kernels.rms_norm.gpu`).
     A row's bits depend on that row alone. Raises ValueError for other shapes, dtypes or strides.
     """
-    require_device("rms_norm", x)
+    if x.is_cuda:
+        # Here, because an installation for the CPU has no Triton.
+        from octavo_kernels.rms_norm import gpu
+
+        return gpu.rms_norm(
+            x, weight, eps=eps, residual=residual, weight_offset=weight_offset, out=out
+        )
+    require_device("rms_norm", x, have=("cpu", "cuda"))
+    if weight_offset:
+        raise ValueError(f"weight_offset on CPU must be 0, got {weight_offset}")
     if x.dim() != 2 or weight.shape != x.shape[1:]:
         raise ValueError(
             f"rms_norm takes x [T, D] and weight [D], got {tuple(x.shape)} and "

@@ -1,0 +1,61 @@
+"""RMS normalisation of rows on a GPU. Knows shapes and launches, not models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo_kernels.launch import launch
+from octavo_kernels.rms_norm.gpu_kernel import rms_norm_rows
+from octavo_kernels.row_tile import check_rows, check_vector, row_tile
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    out: Tensor | None = None,
+    use_pdl: bool = False,
+) -> Tensor:
+    """x / sqrt(mean(x**2) + eps) * (weight_offset + weight) over the last dimension; [T, D].
+
+    float32, bfloat16 or float16, computed in float32 and rounded once. With residual [T, D]: first
+    residual += x in place, and what gets normalised is that sum as rounded to its dtype.
+    weight [D] may have another of these dtypes; weight_offset is 1 for models that store weight - 1.
+    out may be x. use_pdl (GPU only): starts while the kernel before it in the stream still runs.
+    A row's bits depend on that row alone. Raises ValueError for other shapes, dtypes or strides,
+    D above 16384, and rows of a multiple of 16 bytes that do not start at one.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"rms_norm takes x [T, D], got {tuple(x.shape)}")
+    if weight_offset not in (0.0, 1.0):
+        raise ValueError(f"weight_offset must be 0 or 1, got {weight_offset}")
+    num_rows, dim = x.shape
+    tile = row_tile(dim, x.element_size())
+    if out is None:
+        out = torch.empty_like(x)
+    check_rows("rms_norm", x, ("residual", residual), ("out", out), step=tile.step)
+    check_vector("rms_norm", "weight", weight, x)
+    launch(
+        rms_norm_rows,
+        (-(-num_rows // tile.rows),),
+        x,
+        weight,
+        residual,
+        out,
+        num_rows,
+        dim,
+        eps,
+        OFFSET=float(weight_offset),
+        D=dim,
+        BLOCK_D=tile.block_d,
+        ROWS=tile.rows,
+        STEP=tile.step,
+        PDL=use_pdl,
+        num_warps=tile.num_warps,
+        launch_pdl=use_pdl,
+    )
+    return out
