@@ -1,0 +1,205 @@
+"""The work of one attention step on a GPU, made on the device once and shared by all layers.
+
+Two kernels divide a step's requests, and give a row the same bits, so the division is about speed
+alone. Requests with few rows (query_len * G <= DECODE_ROWS, G query heads a kv head) are *decoded*:
+one unit of work is one partition of keys for all rows of one (request, kv head). The others are
+*prefilled*: one unit is one tile of rows against all keys they see. Requests of no tokens get
+nothing. All sizes a launch depends on are host bounds; what the device decides is read there, so
+that a captured CUDA graph stays valid for any lengths within the bounds.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo_kernels.launch import launch
+from octavo_kernels.paged_attention import numerics, plan_kernel
+
+DECODE_ROWS = 64  # rows of the decode kernel's tile
+PREFILL_ROWS = 128  # rows of a prefill tile, heads included
+_MAX_PARTIAL_ROWS = 1 << 17
+_CHUNK = 128  # prefill tiles that one program of the plan kernel places
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """Who computes what. Made by `make_plan`; every tensor lies on the device.
+
+    Decode. `requests` [R, 8] int32, one row a decoded request, in request order:
+      request, first query token, query_len, seq_len, first (partition that any row sees),
+      own (first partition that the decode kernel computes; the ones before it are computed by the
+      shared-prefix kernel), end (past the last partition), partial_start.
+    Units are ordered by request, kv head, partition. `programs` [P + 1, 4] int32 says where each
+    program of the persistent grid begins: row of `requests`, kv head, partition, tiles of all units
+    before. Program i runs from its own beginning to the next one's.
+    A request of one partition is written to the output at once. Another one's partials wait in
+    `partials_m`, `partials_l` [S] and `partials` [S, HP] float32 (HP = head size padded to a power
+    of two; unnormalised, in base 2 as in `numerics`): row
+      partial_start + ((kv_head * (end - first) + partition - first) * query_len * G) + token * G + g
+    and are folded in ascending order by whoever finishes last, as `arrivals` [R * K] int32 tells
+    (entry: row of `requests` * K + kv head; counts the units done, own <= partition < end).
+
+    Prefill. `tiles` [C, 2] int32: request, its first query token, longest first; `num_tiles` [1].
+      A tile has `block_q` query tokens. C is 0 where no request can need one.
+    """
+
+    num_requests: int
+    num_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int
+    partition: int
+    block_q: int
+    requests: Tensor
+    num_decoded: Tensor  # [1] int32
+    programs: Tensor
+    arrivals: Tensor
+    partials_m: Tensor
+    partials_l: Tensor
+    partials: Tensor
+    tiles: Tensor
+    num_tiles: Tensor
+
+    @property
+    def num_programs(self) -> int:
+        """Programs of the decode kernel; 0 where no request can be decoded."""
+        return self.programs.shape[0] - 1
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a request may have several partitions."""
+        return self.partials.shape[0] > 0
+
+
+def make_plan(
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    *,
+    num_tokens: int,
+    max_query_len: int,
+    max_seq_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sliding_window: int = 0,
+    num_programs: int | None = None,
+    max_partitions: int | None = None,
+    shared_partitions: Tensor | None = None,
+) -> AttentionPlan:
+    """Divides a step among programs; one launch, nothing is read back.
+
+    query_start_loc [R + 1], seq_lens [R] int32 on the device. num_tokens, max_query_len and
+    max_seq_len bound what they hold: longer requests are cut off, never read past the bound.
+    num_programs: the decode kernel's grid (default: `decode_programs()`).
+    max_partitions: a bound on the partitions of all decoded requests together (default: as many as
+    R requests of max_seq_len have). Requests that find no room for their partials are prefilled:
+    the same bits, slower. A good bound saves memory, and the prefill launch.
+    shared_partitions [R] int32: leading partitions whose partials another kernel computes.
+    """
+    num_requests = seq_lens.shape[0]
+    _check(query_start_loc, seq_lens, shared_partitions)
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of {num_kv_heads}, got {num_heads}")
+    group = num_heads // num_kv_heads
+    if group > PREFILL_ROWS:
+        raise ValueError(f"at most {PREFILL_ROWS} query heads a kv head, got {group}")
+    if min(num_tokens, max_query_len, max_seq_len, sliding_window) < 0:
+        raise ValueError(
+            "num_tokens, max_query_len, max_seq_len and sliding_window must be at least 0, got "
+            f"{num_tokens}, {max_query_len}, {max_seq_len}, {sliding_window}"
+        )
+    partition, tile = numerics.PARTITION, numerics.tile_size(head_dim)
+    rows_bound = min(max_query_len, DECODE_ROWS // group) * num_heads
+    needed = num_requests * -(-max_seq_len // partition)
+    if max_partitions is not None:
+        needed = min(needed, max_partitions)
+    splits = max_seq_len > partition and rows_bound > 0
+    partial_rows = min(needed * rows_bound, _MAX_PARTIAL_ROWS) if splits else 0
+    block_q = PREFILL_ROWS // group
+    capacity = 0
+    prefills = max_query_len * group > DECODE_ROWS
+    if prefills or (splits and needed * rows_bound > _MAX_PARTIAL_ROWS):
+        capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens)
+    if num_programs is None:
+        num_programs = decode_programs()
+    if rows_bound == 0 or num_requests == 0:
+        num_programs = 0
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=seq_lens.device)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=seq_lens.device)
+
+    plan = AttentionPlan(
+        num_requests=num_requests,
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        sliding_window=sliding_window,
+        partition=partition,
+        block_q=block_q,
+        requests=ints(num_requests, 8),
+        num_decoded=ints(1),
+        programs=ints(num_programs + 1, 4),
+        arrivals=ints(num_requests * num_kv_heads),
+        partials_m=floats(partial_rows),
+        partials_l=floats(partial_rows),
+        partials=floats(partial_rows, padded(head_dim)),
+        tiles=ints(capacity, 2),
+        num_tiles=ints(1),
+    )
+    launch(
+        plan_kernel.divide,
+        (1 + -(-capacity // _CHUNK),),
+        query_start_loc, seq_lens, shared_partitions, plan.requests, plan.num_decoded,
+        plan.programs, plan.arrivals, plan.tiles, plan.num_tiles,
+        num_requests, num_tokens, max_query_len, max_seq_len, num_programs, partial_rows, capacity,
+        num_kv_heads, block_q,
+        G=group, DECODE_ROWS=DECODE_ROWS, TILE=tile, PARTITION=partition, WINDOW=sliding_window,
+        CHUNK=_CHUNK, BLOCK_R=64, num_warps=4,
+    )  # fmt: skip
+    return plan
+
+
+def padded(head_dim: int) -> int:
+    """The head size as the tensor cores see it: the next power of two."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+@functools.cache
+def decode_programs() -> int:
+    """Programs that fill the current GPU with the decode kernel; an H100's where there is none."""
+    if not torch.cuda.is_available():
+        return 264
+    return 2 * torch.cuda.get_device_properties().multi_processor_count
+
+
+def _check(query_start_loc: Tensor, seq_lens: Tensor, shared: Tensor | None) -> None:
+    num_requests = seq_lens.shape[0]
+    if query_start_loc.shape != (num_requests + 1,) or seq_lens.dim() != 1:
+        raise ValueError(
+            f"query_start_loc [R + 1] and seq_lens [R] must agree, got "
+            f"{tuple(query_start_loc.shape)} and {tuple(seq_lens.shape)}"
+        )
+    if shared is not None and shared.shape != (num_requests,):
+        raise ValueError(
+            f"shared_partitions must be [{num_requests}], got {tuple(shared.shape)}"
+        )
+    for name, tensor in (
+        ("query_start_loc", query_start_loc),
+        ("seq_lens", seq_lens),
+        ("shared_partitions", shared),
+    ):
+        if tensor is not None and not (tensor.dtype == torch.int32 and tensor.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous int32, got {tensor.dtype}")
