@@ -1,91 +1,157 @@
-"""Everything a GPU has to tell in one command: tests, ceilings, kernels. Writes ``$OUT/*.jsonl``.
+"""Everything a GPU has to tell in one command: tests, ceilings, every kernel beside its rivals.
 
-    OUT=results python -m benchmarks.gpu_suite [--short]
+    OUT=results python -m benchmarks.gpu_suite [--short] [--only SECTION ...]
 
-Needs no network and none of the HTTP packages. Exits 1 when a test fails, 2 without a GPU.
+Under nine minutes, under three with --short; needs no network and none of the HTTP packages. Every
+section is a process of its own with a time limit, so that a crash costs one section. Rows come to
+$OUT/gpu_suite.jsonl as they are measured, what sections print to $OUT/gpu_suite.log, the tests'
+output to $OUT/gpu_tests.log. OCTAVO_COMMIT names the commit where there is no git history.
+Exit status: 0, 1 when a test or a section failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
 
-from benchmarks.machine import passport
+from benchmarks.gpu_rows import read_rows, table
 
 
-def median_seconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median, p10 and p90 seconds of ``work`` on the current CUDA stream, after three warm-ups."""
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    deciles = statistics.quantiles(times, n=10)
-    return {"median_s": statistics.median(times), "p10_s": deciles[0], "p90_s": deciles[-1]}
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A module of benchmarks with `run_<name>(recorder, *, is_short)`, and its limits in seconds."""
+
+    name: str
+    module: str
+    limit_s: float
+    short_limit_s: float
 
 
-def ceilings(repeats: int) -> list[dict[str, Any]]:
-    """What the card allows in this run; every kernel figure is judged beside these."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = median_seconds(lambda: target.copy_(source), repeats)
-    words = source.view(torch.float32)
-    read = median_seconds(lambda: words.sum(), repeats)
-    n = 8192
-    a = torch.randn(n, n, dtype=torch.bfloat16, device="cuda")
-    matmul = median_seconds(lambda: a @ a, repeats)
-    return [
-        {"op": "copy", "TB/s": 2 * source.nbytes / copy["median_s"] / 1e12, **copy},
-        {"op": "read", "TB/s": source.nbytes / read["median_s"] / 1e12, **read},
-        {"op": "matmul_bf16_8192", "TFLOP/s": 2 * n**3 / matmul["median_s"] / 1e12, **matmul},
-    ]
+SECTIONS = (
+    Section("ceilings", "gpu_ceilings", 40, 30),
+    Section("decode", "gpu_attention", 90, 40),
+    Section("prefill", "gpu_attention", 90, 40),
+    Section("fused", "gpu_fused", 60, 30),
+    Section("matmul", "gpu_matmul", 75, 40),
+    Section("sampling", "gpu_fused", 50, 30),
+)
+TESTS = "tests"
+TESTS_LIMIT_S, TESTS_SHORT_LIMIT_S = 180, 75
+WHOLE_LIMIT_S, WHOLE_SHORT_LIMIT_S = 530, 175
 
 
-def run_tests(log: Path) -> int:
-    """The GPU tests; returns pytest's exit status, with "no tests" counted as a pass."""
+def _process(command: Sequence[str], log: IO[str], limit_s: float) -> str:
+    """Runs command until limit_s; "" when it succeeded, else why not."""
+    try:
+        done = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired:
+        return f"stopped after {limit_s:.0f} s"
+    return "" if done.returncode == 0 else f"exit status {done.returncode}"
+
+
+def run_tests(log: Path, limit_s: float) -> str:
+    """The GPU's tests, in several processes where pytest-xdist is installed; "" when green."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(8, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+    # Named one by one: other tests need packages that a GPU machine may lack.
+    files = sorted(str(path) for path in Path("tests/octavo_kernels").glob("test_gpu_*.py"))
+    files += sorted(
+        str(path)
+        for path in Path("tests/octavo_kernels").glob("test_*.py")
+        if "mark.gpu" in path.read_text() and str(path) not in files
+    )
     with log.open("w") as out:
-        status = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
-    print(log.read_text()[-2000:])
-    return 0 if status == 5 else status
+        verdict = _process([*command, *files], out, limit_s)
+    print(log.read_text()[-2500:], flush=True)
+    return verdict
 
 
-def main() -> int:
+def run_sections(
+    names: Sequence[str], out: Path, *, is_short: bool, deadline: float
+) -> dict[str, str]:
+    """Runs sections one after another; why each failed, "" for those that did not."""
+    rows = out / "gpu_suite.jsonl"
+    verdicts = {}
+    for section in SECTIONS:
+        if section.name not in names:
+            continue
+        left = deadline - time.monotonic()
+        limit = min(section.short_limit_s if is_short else section.limit_s, left)
+        if limit < 5:
+            verdicts[section.name] = "no time was left"
+            continue
+        command = [sys.executable, "-m", "benchmarks.gpu_suite", "--section", section.name]
+        command += ["--rows", str(rows), *(["--short"] if is_short else [])]
+        start = time.monotonic()
+        with (out / "gpu_suite.log").open("a") as log:
+            log.write(f"== {section.name}\n")
+            log.flush()
+            verdicts[section.name] = _process(command, log, limit)
+        took = time.monotonic() - start
+        print(f"{section.name}: {verdicts[section.name] or 'done'} ({took:.0f} s)", flush=True)
+    return verdicts
+
+
+def run_one(name: str, rows: Path, *, is_short: bool) -> int:
+    """One section in this process."""
+    from benchmarks.gpu_recorder import Recorder
+
+    section = next(section for section in SECTIONS if section.name == name)
+    module = importlib.import_module(f"benchmarks.{section.module}")
+    recorder = Recorder(rows)
+    getattr(module, f"run_{name}")(recorder, is_short=is_short)
+    return 1 if recorder.num_failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = [TESTS, *(section.name for section in SECTIONS)]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="fewer repeats, under three minutes")
-    short = parser.parse_args().short
+    parser.add_argument("--short", action="store_true", help="fewer cases, under three minutes")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION")
+    parser.add_argument("--section", choices=names[1:], help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to measure", file=sys.stderr)
         return 2
+    if arguments.section:
+        return run_one(arguments.section, arguments.rows, is_short=arguments.short)
     out = Path(os.environ.get("OUT", "."))
     out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_properties(0)
-    base = {**passport(), "gpu": device.name, "cuda": torch.version.cuda}
-    status = run_tests(out / "gpu_tests.log")
-    with (out / "gpu_ceilings.jsonl").open("w") as rows:
-        for row in ceilings(20 if short else 100):
-            rows.write(json.dumps({**base, **row}) + "\n")
-            print(row)
-    return 1 if status else 0
+    rows = out / "gpu_suite.jsonl"
+    for old in (rows, out / "gpu_suite.log"):
+        old.unlink(missing_ok=True)
+    is_short = arguments.short
+    deadline = time.monotonic() + (WHOLE_SHORT_LIMIT_S if is_short else WHOLE_LIMIT_S)
+    verdicts = run_sections(arguments.only, out, is_short=is_short, deadline=deadline)
+    # Last, although a red kernel's figures mean nothing: the table is printed with the verdict.
+    if TESTS in arguments.only:
+        limit = TESTS_SHORT_LIMIT_S if is_short else TESTS_LIMIT_S
+        left = deadline - time.monotonic()
+        verdicts[TESTS] = run_tests(out / "gpu_tests.log", max(10.0, min(limit, left)))
+    print(table(read_rows(rows)))
+    for name, why in verdicts.items():
+        if why:
+            print(f"{name}: {why}")
+    print("all green" if not any(verdicts.values()) else "NOT GREEN")
+    return 1 if any(verdicts.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Measures callables on the GPU and keeps their rows as they come; knows no kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_rows import ceilings_of, read_rows, row_of
+from benchmarks.machine import passport
+from octavo_kernels.benchmarking import Captured, timings
+
+Calls = Sequence[Callable[[], Any]]  # on input sets of their own, taken in turn
+
+
+def gpu_passport() -> dict[str, Any]:
+    """What every row says of the machine."""
+    device = torch.cuda.get_device_properties()
+    return {**passport(), "gpu": device.name, "cuda": torch.version.cuda, "driver": _driver()}
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def times_to_fill(num_bytes: float, *, most: int = 32) -> int:
+    """Input sets of num_bytes each that cannot all stay in L2."""
+    l2 = torch.cuda.get_device_properties().L2_cache_size
+    return int(min(most, max(1, -(-3 * l2 // max(num_bytes, 1)))))
+
+
+class Recorder:
+    """Appends rows to a file; a case that fails is a row with its error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.about = gpu_passport()
+        self.ceilings = ceilings_of(read_rows(path))
+        self.num_failed = 0
+
+    def keep(self, row: Mapping[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({**row, **self.about}) + "\n")
+        print({k: v for k, v in row.items() if k not in self.about}, flush=True)
+
+    @contextmanager
+    def case(self, op: str, case: str) -> Iterator[None]:
+        """What fails inside becomes a row; an error of the device itself ends the section."""
+        try:
+            yield
+            torch.cuda.synchronize()
+        except Exception as error:
+            self.num_failed += 1
+            traceback.print_exc()
+            self.keep({"op": op, "case": case, "error": f"{type(error).__name__}: {error}"[:300]})
+            torch.cuda.synchronize()
+        finally:
+            torch.cuda.empty_cache()
+
+    def measure(
+        self,
+        op: str,
+        case: str,
+        calls: Calls,
+        *,
+        baselines: Mapping[str, Calls] | None = None,
+        seconds: float = 0.3,
+        **fields: Any,
+    ) -> dict[str, Any]:
+        """Times calls and their baselines in turn as CUDA graphs; the row, kept.
+
+        A baseline that fails is left out and named in the row.
+        """
+        graphs, absent = {"octavo": Captured(calls)}, {}
+        for name, contender in (baselines or {}).items():
+            try:
+                graphs[name] = Captured(contender)
+            except Exception as error:
+                absent[name] = f"{type(error).__name__}: {error}"[:200]
+                torch.cuda.synchronize()
+        times = {t.contender: dataclasses.asdict(t) for t in timings(graphs, seconds=seconds)}
+        own = times.pop("octavo")
+        row = row_of(
+            op,
+            case,
+            own,
+            baselines=times,
+            ceilings=self.ceilings,
+            gpu=self.about["gpu"],
+            replays=own["calls"],
+            **({"absent": absent} if absent else {}),
+            **fields,
+        )
+        self.keep(row)
+        return row
