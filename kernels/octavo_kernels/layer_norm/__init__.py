@@ -21,7 +21,6 @@ def layer_norm(
 ) -> Tensor:
     """See `octavo_kernels.layer_norm.gpu.layer_norm`. Raises ValueError on any other device."""
     require_device("layer_norm", x, have=("cuda",))
-    # Here, because an installation for the CPU has no Triton.
-    from octavo_kernels.layer_norm import gpu
+    from octavo_kernels.layer_norm import gpu  # here: an installation for the CPU has no Triton
 
     return gpu.layer_norm(x, weight, bias, eps=eps, residual=residual, out=out)

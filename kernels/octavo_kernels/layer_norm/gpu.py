@@ -48,7 +48,7 @@ def layer_norm(
         residual,
         out,
         num_rows,
-        dim,
+        dim // tile.step,
         eps,
         D=dim,
         BLOCK_D=tile.block_d,

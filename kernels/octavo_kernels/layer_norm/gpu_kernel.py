@@ -16,7 +16,7 @@ def layer_norm_rows(
     residual_ptr,  # [T, D], becomes residual + x; or None
     out_ptr,  # [T, D], may be x
     num_rows,
-    row_stride,  # D, a multiple of STEP
+    row_steps,  # D / STEP; not D, so that STEP = 1 tells nothing of where rows start
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -31,8 +31,7 @@ def layer_norm_rows(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=is_col, other=0.0)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_stride = tl.multiple_of(row_stride, STEP)
-    at = rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
+    at = (rows.to(tl.int64) * row_steps * STEP)[:, None] + cols[None, :]
     mask = (rows < num_rows)[:, None] & is_col[None, :]
     if PDL:
         gdc_wait()

@@ -33,8 +33,7 @@ def rms_norm(
     A row's bits depend on that row alone. Raises ValueError for other shapes, dtypes or strides.
     """
     if x.is_cuda:
-        # Here, because an installation for the CPU has no Triton.
-        from octavo_kernels.rms_norm import gpu
+        from octavo_kernels.rms_norm import gpu  # here: an installation for the CPU has no Triton
 
         return gpu.rms_norm(
             x, weight, eps=eps, residual=residual, weight_offset=weight_offset, out=out

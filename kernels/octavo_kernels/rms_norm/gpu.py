@@ -47,7 +47,7 @@ def rms_norm(
         residual,
         out,
         num_rows,
-        dim,
+        dim // tile.step,
         eps,
         OFFSET=float(weight_offset),
         D=dim,

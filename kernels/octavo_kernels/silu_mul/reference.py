@@ -19,3 +19,9 @@ def gelu_tanh_mul_reference(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     return 0.5 * gate * (1 + torch.tanh(inner)) * up
+
+
+def gelu_mul_reference(x: Tensor) -> Tensor:
+    """See `gelu_mul`."""
+    gate, up = x.chunk(2, dim=-1)
+    return 0.5 * gate * torch.special.erfc(-gate / math.sqrt(2)) * up
