@@ -1,0 +1,206 @@
+"""What to measure of linear: tiles for decode and prefill, and where cuBLAS is faster yet.
+
+Importing it holds cuBLAS to the same bits for the whole process, which is why a server does not.
+Tiles first; then, in another process, the two ops named cublas, which measure cuBLAS against the
+tiles of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from octavo_kernels.matmul import cublas
+from octavo_kernels.matmul.gpu import (
+    BUCKETS,
+    by_cublas,
+    by_tile,
+    default_tile,
+    make_tile,
+    tile_for,
+    tuned_key,
+)
+from octavo_kernels.tuning import Choice, Tunable
+
+if not torch.cuda.is_initialized():  # else too late; what needs it is then left out
+    cublas.hold_to_same_bits()
+
+_SHAPES_8B = ((6144, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
+_SHAPES_SMALL = ((4096, 1024), (1024, 2048), (1024, 3072), (6144, 1024), (151936, 1024))
+_GATED = ((28672, 4096), (6144, 1024))
+_ROWS = {8: 1, BUCKETS[-1]: 2048}  # rows timed for a bucket, where not the bucket's size
+_ROTATE = 8
+_SHARED_BYTES = 227 * 1024
+# (BLOCK_N, BLOCK_K, warps, stages, SWAP): weights are streamed once, so what counts is bytes in
+# flight on a multiprocessor: (stages - 1) tiles of each of the programs that fit there.
+_STREAMING = (
+    (16, 128, 2, 8, 0),
+    (16, 256, 2, 3, 0),
+    (16, 256, 2, 5, 0),
+    (16, 256, 2, 6, 0),
+    (16, 512, 2, 3, 0),
+    (16, 512, 2, 4, 0),
+    (16, 512, 4, 4, 0),
+    (32, 128, 2, 5, 0),
+    (32, 128, 4, 6, 0),
+    (32, 256, 2, 3, 0),
+    (32, 256, 2, 4, 0),
+    (32, 256, 2, 5, 0),
+    (32, 256, 4, 4, 0),
+    (32, 512, 4, 3, 0),
+    (32, 512, 4, 4, 0),
+    (64, 128, 4, 4, 0),
+    (64, 256, 4, 3, 0),
+    (64, 256, 4, 4, 0),
+    (16, 128, 1, 6, 1),
+    (16, 256, 1, 4, 1),
+    (16, 256, 1, 5, 1),
+    (16, 256, 1, 6, 1),
+    (16, 512, 1, 3, 1),
+    (16, 512, 1, 4, 1),
+    (32, 128, 2, 5, 1),
+    (32, 128, 2, 8, 1),
+    (32, 256, 2, 3, 1),
+    (32, 256, 2, 4, 1),
+    (32, 256, 2, 5, 1),
+    (32, 512, 2, 3, 1),
+    (32, 512, 2, 4, 1),
+    (64, 64, 4, 8, 1),
+    (64, 128, 4, 4, 1),
+    (64, 128, 4, 6, 1),
+    (64, 256, 4, 3, 1),
+    (64, 256, 4, 4, 1),
+    (128, 64, 4, 5, 1),
+    (128, 128, 4, 3, 1),
+    (128, 128, 4, 4, 1),
+    (128, 128, 8, 4, 1),
+)
+# (BLOCK_M, BLOCK_N, warps, stages) at BLOCK_K 64 for 128 and 256 rows, then for many
+_MIDDLE = (
+    (64, 32, 4, 5),
+    (64, 64, 4, 5),
+    (64, 128, 4, 3),
+    (64, 128, 4, 5),
+    (64, 256, 4, 3),
+    (64, 256, 4, 4),
+    (128, 32, 4, 5),
+    (128, 64, 4, 4),
+    (128, 64, 4, 6),
+    (128, 64, 8, 4),
+    (128, 128, 4, 4),
+    (128, 128, 8, 3),
+    (128, 128, 8, 5),
+    (128, 256, 8, 3),
+    (128, 256, 8, 4),
+    (256, 64, 8, 4),
+    (256, 64, 4, 4),
+    (256, 128, 8, 4),
+)
+_MANY = (
+    (128, 128, 4, 3),
+    (128, 128, 4, 4),
+    (128, 128, 8, 4),
+    (128, 256, 8, 4),
+    (256, 64, 4, 4),
+    (256, 64, 8, 4),
+    (256, 128, 8, 3),
+    (256, 128, 8, 4),
+)
+
+
+def _parts(key: str) -> tuple[int, int, torch.dtype, int]:
+    shape, dtype, bucket = key.split("/")
+    n, k = map(int, shape.split("x"))
+    return n, k, getattr(torch, dtype), int(bucket)
+
+
+def _fits(tile: Choice, gated: bool) -> bool:
+    rows = tile["BLOCK_M"] + tile["BLOCK_N"] * (2 if gated else 1)
+    buffers = max(tile["num_stages"] - 1, 1)
+    return 2 * rows * tile["BLOCK_K"] * buffers <= _SHARED_BYTES
+
+
+def _streaming(bucket: int, k: int, gated: bool) -> Iterable[Choice]:
+    for block_n, block_k, warps, stages, swap in _STREAMING:
+        if gated and block_n > 64:
+            continue
+        # 8 rows only as the flat operand; no tile longer than what it walks.
+        rows = bucket if swap else max(bucket, 16)
+        if block_k > k or rows * block_n > 64 * 64 * warps:
+            continue
+        yield make_tile(rows, block_n, block_k, warps=warps, stages=stages, swap=swap)
+
+
+def _wide(tiles: Iterable[tuple[int, int, int, int]], bucket: int, gated: bool) -> Iterable[Choice]:
+    for block_m, block_n, warps, stages in tiles:
+        if gated:
+            block_n //= 2
+        if block_m > bucket:
+            continue
+        yield make_tile(block_m, block_n, 64, warps=warps, stages=stages)
+        if bucket == BUCKETS[-1]:
+            yield make_tile(block_m, block_n, 64, warps=warps, stages=stages, group=4)
+        elif stages <= 4 and block_n <= 128:
+            yield make_tile(block_m, block_n, 128, warps=warps, stages=3)
+
+
+def _tiles(key: str, gated: bool) -> list[Choice]:
+    n, k, dtype, bucket = _parts(key)
+    if bucket <= 64:
+        more = _streaming(bucket, k, gated)
+    else:
+        more = _wide(_MANY if bucket == BUCKETS[-1] else _MIDDLE, bucket, gated)
+    found = [default_tile(n, k, dtype, bucket, gated)]
+    found += [tile for tile in more if tile not in found and _fits(tile, gated)]
+    return found
+
+
+def _make(key: str, choice: Choice, gated: bool) -> Callable[[], Any]:
+    n, k, dtype, bucket = _parts(key)
+    rows = _ROWS.get(bucket, bucket)
+    x = torch.randn(rows, k, device="cuda", dtype=dtype)
+    weight = torch.randn(n, k, device="cuda", dtype=dtype)
+    out = torch.empty(rows, n // 2 if gated else n, device="cuda", dtype=dtype)
+    activation = "silu_mul" if gated else None
+    if not choice.get("cublas"):
+        tile = choice if "BLOCK_M" in choice else tile_for(n, k, dtype, rows, gated=gated)
+        return lambda: by_tile(x, weight, tile, activation=activation, out=out)
+    if not cublas.is_held():
+        raise ValueError("cuBLAS is not held to the same bits in this process")
+    return lambda: by_cublas(x, weight, activation=activation, out=out)
+
+
+def _keys(shapes: Iterable[tuple[int, int]], buckets: Iterable[int]) -> tuple[str, ...]:
+    return tuple(tuned_key(n, k, torch.bfloat16, b) for b in buckets for n, k in shapes)
+
+
+def _tile_tunable(gated: bool) -> Tunable:
+    shapes = [shape for shape in (*_SHAPES_8B, *_SHAPES_SMALL) if not gated or shape in _GATED]
+    return Tunable(
+        op="gated_linear" if gated else "linear",
+        keys=_keys(shapes, BUCKETS),
+        candidates=lambda key: _tiles(key, gated),
+        make=lambda key, choice: _make(key, choice, gated),
+        rotate=_ROTATE,
+    )
+
+
+def _cublas_tunable(gated: bool) -> Tunable:
+    shapes = [shape for shape in (*_SHAPES_8B, *_SHAPES_SMALL) if not gated or shape in _GATED]
+    return Tunable(
+        op="gated_linear_cublas" if gated else "linear_cublas",
+        keys=_keys(shapes, BUCKETS[2:]),
+        candidates=lambda key: ({"cublas": 0}, {"cublas": 1}),
+        make=lambda key, choice: _make(key, choice, gated),
+        rotate=_ROTATE,
+    )
+
+
+TUNABLES = (
+    _tile_tunable(False),
+    _tile_tunable(True),
+    _cublas_tunable(False),
+    _cublas_tunable(True),
+)
