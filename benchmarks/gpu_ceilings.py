@@ -20,9 +20,7 @@ def run_ceilings(recorder: Recorder, *, is_short: bool) -> None:
         )
     words = source.view(torch.float32)
     with recorder.case("read", "1 GiB"):
-        recorder.measure(
-            "read", "1 GiB", [lambda: words.sum()], bytes_moved=_GIB, seconds=seconds
-        )
+        recorder.measure("read", "1 GiB", [lambda: words.sum()], bytes_moved=_GIB, seconds=seconds)
     a, b = (torch.randn(_N, _N, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     with recorder.case("matmul_bf16_8192", "cuBLAS"):
         recorder.measure(

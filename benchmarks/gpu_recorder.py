@@ -91,16 +91,15 @@ class Recorder:
                 torch.cuda.synchronize()
         times = {t.contender: dataclasses.asdict(t) for t in timings(graphs, seconds=seconds)}
         own = times.pop("octavo")
-        row = row_of(
-            op,
-            case,
-            own,
-            baselines=times,
-            ceilings=self.ceilings,
-            gpu=self.about["gpu"],
-            replays=own["calls"],
-            **({"absent": absent} if absent else {}),
-            **fields,
-        )
+        if absent:
+            fields["absent"] = absent
+        return self.keep_times(op, case, own, baselines=times, replays=own["calls"], **fields)
+
+    def keep_times(
+        self, op: str, case: str, seconds: Mapping[str, float], **fields: Any
+    ) -> dict[str, Any]:
+        """Keeps and returns the row of times already known (see `row_of`)."""
+        about = {"ceilings": self.ceilings, "gpu": self.about["gpu"]}
+        row = row_of(op, case, seconds, **about, **fields)
         self.keep(row)
         return row

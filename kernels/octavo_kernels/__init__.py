@@ -1,12 +1,18 @@
-"""CPU kernels of Octavo, one folder per op; knows tensors, nothing of the server around them."""
+"""Kernels of Octavo, one folder per op; knows tensors, nothing of the server around them."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, overload
 
 import torch
 
 from octavo_kernels.parallel import Kernel, num_threads, set_num_threads
+from octavo_kernels.shape import ModelShape
 
-__all__ = ["kernels", "num_threads", "set_num_threads", "warm"]
+if TYPE_CHECKING:
+    from octavo_kernels.launch import Launch
+
+__all__ = ["ModelShape", "kernels", "launches", "num_threads", "set_num_threads", "warm"]
 
 
 def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kernel]:
@@ -28,10 +34,40 @@ def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kern
     return found
 
 
-def warm(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    """Compiles, or loads from disk, every CPU kernel that a server with these dtypes calls.
+def launches(shape: ModelShape) -> list[Launch]:
+    """Every GPU kernel that a server of this shape starts, one launch for each; compiles none."""
+    # Here, since an installation for CPUs alone has no triton.
+    from octavo_kernels import warming
 
-    Seconds on a machine's first start, a fraction of one later. No later call compiles anything.
+    return warming.launches(shape)
+
+
+@overload
+def warm(shape: ModelShape, *, processes: int | None = None) -> list[Launch]: ...
+
+
+@overload
+def warm(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> None: ...
+
+
+def warm(
+    shape: ModelShape | None = None,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | None = None,
+    processes: int | None = None,
+) -> list[Launch] | None:
+    """Compiles, or loads from disk, every kernel that a server calls; no later call compiles any.
+
+    With a shape: those of its GPU, in several processes (at most one per core), and returns them.
+    With dtypes alone: those of its CPU. Seconds on a machine's first start, a fraction of one
+    later. Raises RuntimeError where a kernel does not compile.
     """
+    if shape is not None:
+        from octavo_kernels import warming
+
+        return warming.warm(shape, processes=processes)
+    assert weight_dtype is not None and cache_dtype is not None
     for kernel in kernels(weight_dtype=weight_dtype, cache_dtype=cache_dtype):
         assert kernel.address
+    return None

@@ -67,7 +67,7 @@ def tunables(names: Sequence[str] = ()) -> list[Tunable]:
     return [tunable for tunable in found if not names or tunable.op in names]
 
 
-class _OnMeta(TorchFunctionMode):
+class OnMeta(TorchFunctionMode):
     """Puts every new tensor on the device "meta", whatever its maker asks for."""
 
     def __torch_function__(
@@ -92,7 +92,7 @@ class _OnMeta(TorchFunctionMode):
 
 def launches_of(tunable: Tunable, key: str, choice: Choice) -> list[Launch]:
     """What one candidate launches, without a device."""
-    with collecting() as found, _OnMeta():
+    with collecting() as found, OnMeta():
         tunable.make(key, choice)()
     return found
 

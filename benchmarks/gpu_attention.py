@@ -1,0 +1,210 @@
+"""Decode and prefill attention on a paged cache; prefill beside torch's flash and cuDNN kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu_recorder import Recorder, times_to_fill
+from benchmarks.gpu_rows import FA3_DECODE_US, FA3_PREFILL_TFLOP_S
+from octavo_kernels.paged_attention import gpu
+from octavo_kernels.paged_attention.gpu_plan import make_plan
+
+NUM_HEADS, NUM_KV_HEADS = 32, 8
+DECODE_CELLS = (
+    (1, 1024),
+    (1, 8192),
+    (1, 65536),
+    (8, 1024),
+    (8, 8192),
+    (64, 1024),
+    (64, 4096),
+    (256, 1024),
+    (256, 2048),
+)
+SHORT_CELLS = ((1, 1024), (1, 8192), (8, 8192), (64, 4096), (256, 2048))
+PREFILL_CELLS = ((16, 1024), (8, 2048), (4, 4096), (2, 8192), (1, 16384))
+SHORT_PREFILL = ((4, 4096), (1, 16384))
+
+
+def _name(requests: int, length: int) -> str:
+    return f"{requests}x{length // 1024}k"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One set of sizes: `requests` requests of `length` tokens, all prefilled or all decoded."""
+
+    requests: int
+    length: int
+    query_len: int
+    head_dim: int
+    block_size: int
+    cache_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def cache_bytes(self) -> int:
+        """K and V of one layer."""
+        return (
+            2
+            * self.requests
+            * self.length
+            * NUM_KV_HEADS
+            * self.head_dim
+            * self.cache_dtype.itemsize
+        )
+
+    @property
+    def case(self) -> str:
+        text = f"d{self.head_dim} {_name(self.requests, self.length)} block {self.block_size}"
+        return text + (" fp8" if self.cache_dtype == torch.float8_e4m3fn else "")
+
+    def cache(self) -> Tensor:
+        """[B, K, BLOCK, H] of random values."""
+        num_blocks = self.requests * self.length // self.block_size
+        sizes = (num_blocks, NUM_KV_HEADS, self.block_size, self.head_dim)
+        return torch.randn(sizes, dtype=torch.bfloat16, device="cuda").to(self.cache_dtype)
+
+    def table(self) -> Tensor:
+        """Blocks in no order, as a pool gives them out."""
+        blocks = torch.randperm(self.requests * self.length // self.block_size, device="cuda")
+        return blocks.to(torch.int32).view(self.requests, -1)
+
+    def calls(self, num_layers: int) -> list[Callable[[], Any]]:
+        """The op on caches of several layers, as a model calls it: one plan for all."""
+        starts = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda") * self.query_len
+        seq_lens = torch.full((self.requests,), self.length, dtype=torch.int32, device="cuda")
+        num_tokens = self.requests * self.query_len
+        q = torch.randn(num_tokens, NUM_HEADS, self.head_dim, dtype=torch.bfloat16, device="cuda")
+        scales = {}
+        if self.cache_dtype == torch.float8_e4m3fn:
+            ones = torch.ones(NUM_KV_HEADS, device="cuda")
+            scales = {"k_scale": ones, "v_scale": ones}
+        plan = make_plan(
+            starts,
+            seq_lens,
+            num_tokens=num_tokens,
+            max_query_len=self.query_len,
+            max_seq_len=self.length,
+            num_heads=NUM_HEADS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=self.head_dim,
+            cache_dtype=self.cache_dtype,
+        )
+        common = functools.partial(
+            gpu.paged_attention,
+            q,
+            block_tables=self.table(),
+            query_start_loc=starts,
+            seq_lens=seq_lens,
+            scale=self.head_dim**-0.5,
+            max_query_len=self.query_len,
+            plan=plan,
+            **scales,
+        )
+        return [
+            functools.partial(common, k_cache=self.cache(), v_cache=self.cache())
+            for _ in range(num_layers)
+        ]
+
+
+def run_decode(recorder: Recorder, *, is_short: bool) -> None:
+    seconds = 0.1 if is_short else 0.25
+    medians: dict[str, float] = {}
+    for head_dim in (128, 64):
+        for block_size in (16,) if is_short else (16, 64):
+            for requests, length in SHORT_CELLS if is_short else DECODE_CELLS:
+                _decode(recorder, seconds, medians, requests, length, head_dim, block_size)
+    for block_size in (16, 64):
+        _decode(recorder, seconds, medians, 64, 4096, 128, block_size, torch.float8_e4m3fn)
+
+
+def _decode(
+    recorder: Recorder,
+    seconds: float,
+    medians: dict[str, float],
+    requests: int,
+    length: int,
+    head_dim: int,
+    block_size: int,
+    cache_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    cell = Cell(
+        requests=requests,
+        length=length,
+        query_len=1,
+        head_dim=head_dim,
+        block_size=block_size,
+        cache_dtype=cache_dtype,
+    )
+    with recorder.case("decode_attention", cell.case):
+        known = {"bf16": medians.get(cell.case.removesuffix(" fp8"))}
+        if cell.cache_dtype == torch.bfloat16:
+            known = {"FA3": FA3_DECODE_US[f"d{head_dim}"].get(_name(requests, length))}
+        row = recorder.measure(
+            "decode_attention",
+            cell.case,
+            cell.calls(times_to_fill(cell.cache_bytes)),
+            known_us={name: us for name, us in known.items() if us is not None},
+            bytes_moved=cell.cache_bytes,
+            flops=4 * requests * NUM_HEADS * head_dim * length,
+            seconds=seconds,
+        )
+        medians[cell.case] = row["us"]
+
+
+def run_prefill(recorder: Recorder, *, is_short: bool) -> None:
+    seconds = 0.2 if is_short else 0.5
+    for head_dim in (128, 64):
+        for requests, length in SHORT_PREFILL if is_short else PREFILL_CELLS:
+            _prefill(recorder, seconds, requests, length, head_dim)
+
+
+def _prefill(recorder: Recorder, seconds: float, requests: int, length: int, head_dim: int) -> None:
+    flops = 4 * NUM_HEADS * head_dim * requests * length * (length + 1) // 2
+    fa3 = FA3_PREFILL_TFLOP_S.get(f"d{head_dim}", {}).get(_name(requests, length))
+    baselines = _sdpa(requests, length, head_dim)
+    for block_size in (16, 64):
+        cell = Cell(
+            requests=requests,
+            length=length,
+            query_len=length,
+            head_dim=head_dim,
+            block_size=block_size,
+        )
+        with recorder.case("prefill_attention", cell.case):
+            recorder.measure(
+                "prefill_attention",
+                cell.case,
+                cell.calls(1),
+                baselines=baselines,
+                known_us={} if fa3 is None else {"FA3": flops / fa3 / 1e6},
+                flops=flops,
+                seconds=seconds,
+            )
+        baselines = {}  # once is enough
+
+
+def _sdpa(requests: int, length: int, head_dim: int) -> dict[str, list[Callable[[], Any]]]:
+    def tensor(heads: int) -> Tensor:
+        sizes = (requests, length, heads, head_dim)
+        return torch.randn(sizes, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+
+    q, k, v = tensor(NUM_HEADS), tensor(NUM_KV_HEADS), tensor(NUM_KV_HEADS)
+
+    def attend(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            )
+
+    return {
+        "flash": [functools.partial(attend, SDPBackend.FLASH_ATTENTION)],
+        "cuDNN": [functools.partial(attend, SDPBackend.CUDNN_ATTENTION)],
+    }

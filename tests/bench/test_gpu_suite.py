@@ -1,0 +1,156 @@
+"""The GPU suite as far as it goes without a GPU: rows, targets, table, limits, its calls' shapes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_rows, gpu_suite
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu_recorder
+from octavo_kernels.launch import collecting
+from octavo_kernels.tune import OnMeta
+
+CEILINGS = {"copy": 3.0, "matmul": 600.0}
+
+
+def times(median_us: float) -> dict[str, float]:
+    return {"median_s": median_us / 1e6, "p10_s": median_us / 2e6, "p90_s": median_us / 5e5}
+
+
+def test_a_row_says_rate_share_and_speedup() -> None:
+    row = gpu_rows.row_of(
+        "op",
+        "case",
+        times(100),
+        baselines={"cuBLAS": times(150)},
+        known_us={"FA3": 120.0},
+        bytes_moved=150e6,
+        flops=6e9,
+        ceilings=CEILINGS,
+    )
+    assert row["us"] == 100 and row["p10_us"] == 50 and row["p90_us"] == 200
+    assert row["TB/s"] == 1.5 and row["TFLOP/s"] == 60
+    assert row["bound by"] == "TB/s" and row["% of ceiling"] == 50
+    assert row["speedup over cuBLAS"] == 1.5 and row["speedup over FA3"] == 1.2
+    assert "target" not in row
+
+
+@pytest.mark.parametrize(("us", "is_met"), [(373.0, False), (360.0, True)])
+def test_a_rate_target_on_an_h100(us: float, is_met: bool) -> None:
+    row = gpu_rows.row_of(
+        "decode_attention",
+        "d128 64x4k block 16",
+        times(us),
+        bytes_moved=2**30,
+        ceilings=CEILINGS,
+        gpu="NVIDIA H100 80GB HBM3",
+    )
+    assert row["target"] == {"unit": "TB/s", "value": 2.92, "here": 2.92}
+    assert row["is_met"] is is_met
+
+
+def test_targets_move_with_the_ceilings_of_another_card() -> None:
+    ceilings = {"copy": 2 * gpu_rows.H100_COPY_TB_S, "matmul": gpu_rows.H100_MATMUL_TFLOP_S / 2}
+    decode = gpu_rows.judged(
+        {"op": "decode_attention", "case": "d64 1x1k block 16", "us": 7.0, "gpu": "NVIDIA H200"},
+        ceilings,
+    )
+    assert decode["target"]["here"] == pytest.approx(14.1 / 2) and decode["is_met"]
+    prefill = {"op": "prefill_attention", "case": "d128 4x4k block 64", "gpu": "NVIDIA H200"}
+    assert gpu_rows.judged({**prefill, "TFLOP/s": 230.0}, ceilings)["is_met"]
+    assert not gpu_rows.judged({**prefill, "TFLOP/s": 220.0}, ceilings)["is_met"]
+
+
+def test_every_row_and_a_failed_one_have_a_line() -> None:
+    rows = [
+        gpu_rows.row_of(
+            "silu_mul", "8B, 4096 tokens", times(80), bytes_moved=2e8, ceilings=CEILINGS
+        ),
+        {"op": "sampling", "case": "x", "error": "RuntimeError: no"},
+    ]
+    lines = gpu_rows.table(rows).splitlines()
+    assert len(lines) == 3
+    assert "83" in lines[1] and lines[1].endswith("MISSED")
+    assert "RuntimeError: no" in lines[2] and lines[2].endswith("FAILED")
+
+
+def test_rows_survive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"op": "copy", "case": "1 GiB", "TB/s": 3.1}) + '\n{"op": "rea')
+    rows = gpu_rows.read_rows(path)
+    assert gpu_rows.ceilings_of(rows) == {"copy": 3.1}
+    assert gpu_rows.read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_a_section_that_crashes_or_hangs_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        assert gpu_suite._process([sys.executable, "-c", "exit(3)"], log, 60) == "exit status 3"
+        sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+        assert gpu_suite._process(sleeps, log, 0.5) == "stopped after 0 s"
+        assert gpu_suite._process([sys.executable, "-c", ""], log, 60) == ""
+
+
+class Rehearsal:
+    """Stands in for the recorder: the calls launch what they would, on nothing."""
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+
+    @contextlib.contextmanager
+    def case(self, op: str, case: str) -> Iterator[None]:
+        yield
+
+    def measure(self, op: str, case: str, calls: Any, **fields: Any) -> dict[str, Any]:
+        with collecting() as found:
+            calls[0]()
+        assert found, f"{op} {case} launches nothing"
+        fields.pop("seconds")
+        baselines = {name: times(20) for name in fields.pop("baselines", None) or {}}
+        return self.keep_times(op, case, times(10), baselines=baselines, **fields)
+
+    def keep_times(self, op: str, case: str, seconds: Any, **fields: Any) -> dict[str, Any]:
+        self.kept.append(f"{op}: {case}")
+        return gpu_rows.row_of(op, case, seconds, ceilings=CEILINGS, **fields)
+
+
+@pytest.mark.parametrize("name", [s.name for s in gpu_suite.SECTIONS if s.name != "ceilings"])
+def test_a_section_calls_its_ops_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = next(section for section in gpu_suite.SECTIONS if section.name == name)
+    module = importlib.import_module(f"benchmarks.{section.module}")
+    monkeypatch.setattr(module, "times_to_fill", lambda num_bytes: 1)
+    rehearsal = Rehearsal()
+    with OnMeta(), collecting():
+        getattr(module, f"run_{name}")(rehearsal, is_short=False)
+    assert rehearsal.kept
+    for op, case in gpu_rows.TARGETS:
+        if any(kept.startswith(f"{op}:") for kept in rehearsal.kept):
+            assert f"{op}: {case}" in rehearsal.kept, "a target that nothing is measured for"
+
+
+def test_nothing_is_measured_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu_suite.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_input_sets_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        L2_cache_size = 50 * 2**20
+
+    monkeypatch.setattr(gpu_recorder.torch.cuda, "get_device_properties", lambda: Properties)
+    assert gpu_recorder.times_to_fill(2**30) == 1
+    assert gpu_recorder.times_to_fill(50 * 2**20) == 3
+    assert gpu_recorder.times_to_fill(1) == 32
