@@ -1,0 +1,104 @@
+"""Starts the Hopper prefill kernel over a plan's tiles. Knows what it takes; checks no inputs.
+
+Same bits as `prefill.attend_prefill`, which takes everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo_kernels.launch import launch
+from octavo_kernels.paged_attention import numerics, prefill_hopper_kernel
+from octavo_kernels.paged_attention.gpu_plan import PREFILL_ROWS, AttentionPlan
+
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def supports(
+    q: Tensor,
+    k_cache: Tensor,
+    *,
+    plan: AttentionPlan,
+    soft_cap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    rel_bias: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> bool:
+    """Whether `attend_prefill_hopper` computes these inputs, on a GPU that has what it needs."""
+    shaped = soft_cap > 0.0 or alibi_slopes is not None or rel_bias is not None
+    return (
+        q.dtype in _DTYPES
+        and k_cache.dtype == q.dtype
+        and plan.head_dim in HEAD_DIMS
+        and plan.sliding_window == 0
+        and k_cache.shape[2] in BLOCK_SIZES
+        and k_cache.shape[:3].numel() < 2**31
+        and not shaped
+        and k_scale is None
+        and v_scale is None
+    )
+
+
+def is_hopper() -> bool:
+    """Whether the current GPU can run the kernel (TMA, WGMMA: compute capability 9.x)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def attend_prefill_hopper(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    *,
+    plan: AttentionPlan,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    is_causal: bool = True,
+) -> None:
+    """Writes out [T, N, H] (contiguous) for the tokens of plan.tiles; see `prefill`.
+
+    For what `supports` says. A block number beyond the cache reads as zeros or as another block.
+    """
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    cache_rows = num_blocks * num_kv_heads * block_size
+    tile = numerics.tile_size(head_dim)
+    launch(
+        prefill_hopper_kernel.attend_hopper,
+        (min(_multiprocessors(), plan.tiles.shape[0] * num_kv_heads),),
+        q, _descriptor(k_cache), _descriptor(v_cache), out, block_tables, query_start_loc,
+        seq_lens, plan.tiles, plan.num_tiles, sinks,
+        scale, block_tables.stride(0), block_tables.shape[1] * block_size, cache_rows,
+        N=plan.num_heads, K=num_kv_heads, H=head_dim, Q_STRIDE=q.stride(0), BLOCK=block_size,
+        BLOCK_Q=plan.block_q, TILE=tile, PARTITION=plan.partition, CAUSAL=is_causal, num_warps=4,
+    )  # fmt: skip
+
+
+def _descriptor(cache: Tensor) -> TensorDescriptor:
+    """A cache [B, K, BLOCK, H] as rows, copied into shared memory a block at a time."""
+    block_size, head_dim = cache.shape[2:]
+    box = [block_size, head_dim]
+    layout = gl.NVMMASharedLayout.get_default_for(box, _DTYPES[cache.dtype])
+    rows = cache.shape[:3].numel()
+    return TensorDescriptor(cache, [rows, head_dim], [head_dim, 1], box, layout)
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    """Of the current GPU; an H100's where there is none."""
+    if not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties().multi_processor_count)
+
+
+assert prefill_hopper_kernel.GROUP_ROWS.value * prefill_hopper_kernel.GROUPS.value == PREFILL_ROWS

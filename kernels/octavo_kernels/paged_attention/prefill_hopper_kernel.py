@@ -1,0 +1,359 @@
+"""Gluon kernel of prefill attention for Hopper: TMA, asynchronous WGMMA, specialised warps.
+
+One program computes work items one after the other: 128 rows (query tokens x heads of one kv head)
+against the keys they see. A producer warp copies K and V tiles with TMA into two buffers each; two
+consumer warpgroups of 64 rows each start the scores of tile j, then the values of tile j - 1, and
+do the softmax of tile j while the tensor cores work. The arithmetic is `numerics`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from octavo_kernels.paged_attention import numerics
+from octavo_kernels.paged_attention.numerics import (
+    fold_sink,
+    merge,
+    normalise,
+    softmax_tile,
+)
+
+GROUP_ROWS = gl.constexpr(64)  # rows of a consumer warpgroup
+GROUPS = gl.constexpr(2)
+STAGES = gl.constexpr(2)  # buffers of K, and of V
+LOG2_E = gl.constexpr(numerics.LOG2_E)
+
+
+@gluon.jit
+def _item(i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr, BLOCK_Q: gl.constexpr,
+          TILE: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+    """Work item i: request, kv head, its first row of q, its tokens, the first one's position, the
+    request's keys, and how many tiles of keys there are to do (0: no such tokens)."""
+    request = gl.load(tiles_ptr + 2 * (i // K))
+    first = gl.load(tiles_ptr + 2 * (i // K) + 1)
+    start = gl.load(starts_ptr + request)
+    query_len = gl.load(starts_ptr + request + 1) - start
+    keys = gl.minimum(gl.load(lengths_ptr + request), max_keys)
+    tokens = gl.minimum(query_len - first, BLOCK_Q)
+    position = keys - query_len + first
+    end = keys
+    if CAUSAL:
+        end = position + tokens
+    tiles = (gl.maximum(end, 1) + TILE - 1) // TILE
+    return request, i % K, start + first, tokens, position, keys, gl.where(tokens > 0, tiles, 0)
+
+
+@gluon.jit
+def _turn(round):
+    """The item a program takes in a round: there and back, so that long items even out."""
+    p, programs = gl.program_id(0), gl.num_programs(0)
+    return round * programs + gl.where(round % 2 == 0, p, programs - 1 - p)
+
+
+@gluon.jit
+def _block_rows(table, tile, keys, head, no_row, K: gl.constexpr, TILE: gl.constexpr,
+                BLOCK: gl.constexpr):  # fmt: skip
+    """First cache row of each block of a tile; a block past the keys gets no_row, which reads 0."""
+    rows = ()
+    for part in gl.static_range(TILE // BLOCK):
+        block = tile * (TILE // BLOCK) + part
+        number = gl.load(table + block, mask=block * BLOCK < keys, other=-1)
+        rows = rows + (gl.where(number < 0, no_row, (number * K + head) * BLOCK),)
+    return rows
+
+
+@gluon.jit
+def _copy_tile(desc, smem, full, empty, rows, count, TILE: gl.constexpr, BLOCK: gl.constexpr):
+    """Copies tile number `count` from these rows of the cache, one copy per block."""
+    slot = count % STAGES
+    mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), TILE * desc.block_type.shape[1] * 2)
+    for part in gl.static_range(TILE // BLOCK):
+        to = smem.index(slot).slice(part * BLOCK, BLOCK)
+        tma.async_copy_global_to_shared(desc, [rows[part], 0], full.index(slot), to)
+
+
+@gluon.jit
+def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+             tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr, table_ptr, table_stride, max_keys,
+             no_row, K: gl.constexpr, BLOCK: gl.constexpr, BLOCK_Q: gl.constexpr,
+             TILE: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+    """The producer warp: K and V tiles of this program's items, in order."""
+    items = gl.load(num_tiles_ptr) * K
+    count = 0
+    round = 0
+    while round * gl.num_programs(0) < items:
+        i = _turn(round)
+        if i < items:
+            request, head, _, _, _, keys, tiles = _item(
+                i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL
+            )
+            table = table_ptr + request.to(gl.int64) * table_stride
+            rows = _block_rows(table, 0, keys, head, no_row, K, TILE, BLOCK)
+            for tile in range(tiles):
+                ahead = _block_rows(table, tile + 1, keys, head, no_row, K, TILE, BLOCK)
+                _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, TILE, BLOCK)
+                _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, TILE, BLOCK)
+                rows = ahead
+                count += 1
+        round += 1
+
+
+@gluon.jit
+def _load_q(q_ptr, q_smem, row, tokens, head, group: gl.constexpr, Q_STRIDE: gl.constexpr,
+            G: gl.constexpr):  # fmt: skip
+    """Starts the copy of this warpgroup's rows of q; rows that do not exist become 0."""
+    H: gl.constexpr = q_smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])
+    r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
+    h = gl.arange(0, H, gl.SliceLayout(0, layout))
+    at = (row + r // G).to(gl.int64) * Q_STRIDE + (head * G + r % G) * H
+    async_copy.async_copy_global_to_shared(
+        q_smem, q_ptr + at[:, None] + h[None, :], mask=(r // G < tokens)[:, None]
+    )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _start_scores(q_smem, k_smem, k_full, count, TILE: gl.constexpr, S: gl.constexpr):
+    """Waits for tile number `count` of K and starts its scores; returns them unfinished."""
+    slot = count % STAGES
+    mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
+    s = gl.zeros([GROUP_ROWS, TILE], gl.float32, S)
+    k = k_smem.index(slot).permute((1, 0))
+    return warpgroup_mma(q_smem, k, s, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _mask(s, tile, last, TILE: gl.constexpr, S: gl.constexpr):
+    """-inf where a row does not see a key; last [M] is the newest key a row sees, or -1."""
+    key = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(0, S))
+    return gl.where(key[None, :] <= last[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def _clear_unseen(v, seen, LAYOUT: gl.constexpr):
+    """Zeroes the rows from `seen` on of a V tile, which may hold NaN: 0 * NaN is not 0.
+
+    Both warpgroups do it, with the same values, and so need not wait for each other.
+    """
+    STEP: gl.constexpr = 32
+    ROWS: gl.constexpr = v.shape[0]
+    for at in gl.static_range(0, ROWS, STEP):
+        if seen < at + STEP:
+            part = v.slice(at, STEP)
+            row = at + gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
+            part.store(gl.where((row < seen)[:, None], part.load(LAYOUT), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _merge(m_a, l_a, acc_a, m_b, l_b, acc_b, S_ROW: gl.constexpr, A_ROW: gl.constexpr):
+    """`numerics.merge` with m and l in the layout of the scores' rows."""
+    m_a = gl.convert_layout(m_a, A_ROW, assert_trivial=True)
+    l_a = gl.convert_layout(l_a, A_ROW, assert_trivial=True)
+    m_b = gl.convert_layout(m_b, A_ROW, assert_trivial=True)
+    l_b = gl.convert_layout(l_b, A_ROW, assert_trivial=True)
+    m, l, acc = merge(m_a, l_a, acc_a, m_b, l_b, acc_b)
+    m = gl.convert_layout(m, S_ROW, assert_trivial=True)
+    l = gl.convert_layout(l, S_ROW, assert_trivial=True)
+    return m, l, acc
+
+
+@gluon.jit
+def _store(out_ptr, rows, smem, row, tokens, head, group: gl.constexpr, N: gl.constexpr,
+           G: gl.constexpr, FLAT: gl.constexpr):  # fmt: skip
+    """Writes this warpgroup's rows, through shared memory to write 16 bytes at a time."""
+    H: gl.constexpr = rows.shape[1]
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    smem = smem._reinterpret(rows.dtype, [GROUP_ROWS, H], swizzled)
+    smem.store(rows)
+    rows = smem.load(FLAT)
+    r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, FLAT))
+    h = gl.arange(0, H, gl.SliceLayout(0, FLAT))
+    at = ((row + r // G).to(gl.int64) * N + head * G + r % G) * H
+    gl.store(out_ptr + at[:, None] + h[None, :], rows, mask=(r // G < tokens)[:, None])
+
+
+@gluon.jit
+def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count, tiles,
+            keys, full_tiles, last, scale, A: gl.constexpr, S: gl.constexpr, FLAT: gl.constexpr,
+            PARTITION: gl.constexpr):  # fmt: skip
+    """The rows in q_smem against tiles of keys, from the ring's tile number `count` on.
+
+    last [M]: newest key a row sees; it sees all keys of the first full_tiles. Returns l, m and the
+    sums [M, H] of all partitions.
+    """
+    H: gl.constexpr = q_smem.shape[1]
+    TILE: gl.constexpr = k_smem.shape[1]
+    dtype: gl.constexpr = q_smem.dtype
+    P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
+    S_ROW: gl.constexpr = gl.SliceLayout(1, S)
+    A_ROW: gl.constexpr = gl.SliceLayout(1, A)
+    s = _start_scores(q_smem, k_smem, k_full, count, TILE, S)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(count % STAGES))
+    if full_tiles < 1:
+        s = _mask(s, 0, last, TILE, S)
+    m = gl.full([GROUP_ROWS], float("-inf"), gl.float32, S_ROW)
+    l = gl.full([GROUP_ROWS], 0.0, gl.float32, S_ROW)
+    m_all = m
+    l_all = l
+    acc = gl.zeros([GROUP_ROWS, H], gl.float32, A)
+    x, m, l, alpha = softmax_tile(s, m, l, scale)
+    p = gl.convert_layout(x.to(dtype), P)
+    mbarrier.wait(v_full.index(count % STAGES), (count // STAGES) & 1)
+    for tile in range(1, tiles):
+        before = count % STAGES
+        count += 1
+        s = _start_scores(q_smem, k_smem, k_full, count, TILE, S)
+        acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        mbarrier.arrive(k_empty.index(count % STAGES))
+        if tile >= full_tiles:
+            s = _mask(s, tile, last, TILE, S)
+        fresh = tile % (PARTITION // TILE) == 0
+        m_part = m
+        l_part = l
+        m = gl.where(fresh, float("-inf"), m)
+        l = gl.where(fresh, 0.0, l)
+        x, m, l, alpha = softmax_tile(s, m, l, scale)
+        # This tile's V is needed only in the next round, but the branch in its wait keeps the
+        # assembler from moving the softmax behind the end of the product that runs now.
+        mbarrier.wait(v_full.index(count % STAGES), (count // STAGES) & 1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(before))
+        if fresh:
+            if tile > PARTITION // TILE:
+                m_all, l_all, acc = _merge(
+                    m_all, l_all, fold_smem.load(A), m_part, l_part, acc, S_ROW, A_ROW
+                )
+            else:
+                m_all = m_part
+                l_all = l_part
+                acc = acc + 0.0  # as `merge` with nothing: no -0.0
+            fold_smem.store(acc)
+            acc = gl.zeros([GROUP_ROWS, H], gl.float32, A)
+        acc = acc * gl.convert_layout(alpha, A_ROW, assert_trivial=True)[:, None]
+        p = gl.convert_layout(x.to(dtype), P)
+    before = count % STAGES
+    if tiles * TILE > keys:
+        _clear_unseen(v_smem.index(before), keys - (tiles - 1) * TILE, FLAT)
+    acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(before))
+    if tiles > PARTITION // TILE:
+        m, l, acc = _merge(m_all, l_all, fold_smem.load(A), m, l, acc, S_ROW, A_ROW)
+    else:
+        acc = acc + 0.0
+    m = gl.convert_layout(m, A_ROW, assert_trivial=True)
+    l = gl.convert_layout(l, A_ROW, assert_trivial=True)
+    return m, l, acc
+
+
+@gluon.jit
+def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
+             k_full, k_empty, v_full, v_empty, tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr,
+             max_keys, scale, group: gl.constexpr, Q_STRIDE: gl.constexpr, N: gl.constexpr,
+             K: gl.constexpr, BLOCK_Q: gl.constexpr, PARTITION: gl.constexpr,
+             CAUSAL: gl.constexpr):  # fmt: skip
+    """A consumer warpgroup: rows [64 * group, 64 * group + 64) of this program's items."""
+    H: gl.constexpr = q_smem.shape[1]
+    TILE: gl.constexpr = k_smem.shape[1]
+    G: gl.constexpr = N // K
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])
+    scale = scale * LOG2_E
+    r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, S))
+    items = gl.load(num_tiles_ptr) * K
+    count = 0
+    round = 0
+    while round * gl.num_programs(0) < items:
+        i = _turn(round)
+        if i < items:
+            _, head, row, tokens, position, keys, tiles = _item(
+                i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL
+            )
+            if tiles > 0:
+                _load_q(q_ptr, q_smem, row, tokens, head, group, Q_STRIDE, G)
+                if CAUSAL:
+                    last = gl.where(r // G < tokens, position + r // G, -1)
+                    full_tiles = (position + 1) // TILE
+                else:
+                    last = gl.where(r // G < tokens, keys - 1, -1)
+                    full_tiles = keys // TILE
+                async_copy.wait_group(0)
+                fence_async_shared()
+                m, l, acc = _attend(
+                    q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count,
+                    tiles, keys, full_tiles, last, scale, A, S, FLAT, PARTITION,
+                )  # fmt: skip
+                count += tiles
+                if sinks_ptr is not None:
+                    h = head * G + gl.convert_layout(r % G, gl.SliceLayout(1, A))
+                    m, l, acc = fold_sink(m, l, acc, gl.load(sinks_ptr + h) * LOG2_E)
+                rows = normalise(l, acc).to(q_smem.dtype)
+                _store(out_ptr, rows, fold_smem, row, tokens, head, group, N, G, FLAT)
+        round += 1
+
+
+@gluon.jit(do_not_specialize=["table_stride", "max_keys", "no_row", "scale"])
+def attend_hopper(
+    q_ptr,  # [T, N, H], rows Q_STRIDE elements apart
+    k_desc, v_desc,  # cache [B, K, BLOCK, H] as [B * K * BLOCK, H], copied by blocks [BLOCK, H]
+    out_ptr,  # [T, N, H]
+    table_ptr,  # [R, max_blocks] int32
+    starts_ptr,  # [R + 1] int32, first query row of each request
+    lengths_ptr,  # [R] int32, keys of each request
+    tiles_ptr,  # [capacity, 2] int32: request, first token
+    num_tiles_ptr,  # [1] int32
+    sinks_ptr,  # [N] float32, or None
+    scale, table_stride, max_keys, no_row,
+    N: gl.constexpr, K: gl.constexpr, H: gl.constexpr, Q_STRIDE: gl.constexpr, BLOCK: gl.constexpr,
+    BLOCK_Q: gl.constexpr, TILE: gl.constexpr, PARTITION: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    # Grid: (programs,), any number; each takes tiles x kv heads in turn, longest first.
+    dtype: gl.constexpr = k_desc.dtype
+    kv: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, H], dtype)
+    fold: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_smem = gl.allocate_shared_memory(dtype, [GROUPS, GROUP_ROWS, H], kv)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, H], kv)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, H], kv)
+    fold_smem = gl.allocate_shared_memory(gl.float32, [GROUPS, GROUP_ROWS, H], fold)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
+    gl.warp_specialize(
+        [
+            (_consume, (q_ptr, out_ptr, sinks_ptr, q_smem.index(0), k_smem, v_smem,
+                        fold_smem.index(0), k_full, k_empty, v_full, v_empty, tiles_ptr,
+                        num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, scale, 0, Q_STRIDE, N, K,
+                        BLOCK_Q, PARTITION, CAUSAL)),
+            (_consume, (q_ptr, out_ptr, sinks_ptr, q_smem.index(1), k_smem, v_smem,
+                        fold_smem.index(1), k_full, k_empty, v_full, v_empty, tiles_ptr,
+                        num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, scale, 1, Q_STRIDE, N, K,
+                        BLOCK_Q, PARTITION, CAUSAL)),
+            (_produce, (k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr, table_ptr, table_stride,
+                        max_keys, no_row, K, BLOCK, BLOCK_Q, TILE, CAUSAL)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
