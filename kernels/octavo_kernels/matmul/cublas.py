@@ -22,11 +22,10 @@ def hold_to_same_bits() -> None:
     where CUDA has been in use with another environment: a handle may exist.
     """
     global _held
-    differs = {name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
-    if differs and torch.cuda.is_initialized():
+    if is_too_late():
         raise RuntimeError(
             f"cuBLAS can be held to the same bits only before CUDA is first used, or with"
-            f" {differs} set in the environment"
+            f" {ENVIRONMENT} in the environment"
         )
     os.environ.update(ENVIRONMENT)
     matmul = torch.backends.cuda.matmul
@@ -35,6 +34,12 @@ def hold_to_same_bits() -> None:
     matmul.allow_tf32 = False
     torch.backends.cuda.preferred_blas_library("cublaslt")
     _held = True
+
+
+def is_too_late() -> bool:
+    """Whether CUDA is in use already, and not with the environment that it takes."""
+    differs = any(os.environ.get(name) != value for name, value in ENVIRONMENT.items())
+    return differs and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def is_held() -> bool:

@@ -74,7 +74,7 @@ def linear(
     if _takes_cublas(x, n, out.dtype, is_gated):
         return by_cublas(x, weight, **extras)
     tile = tile_for(n, k, x.dtype, num_rows, gated=is_gated)
-    return bymake_tile(x, weight, tile, pdl=pdl, **extras)
+    return by_tile(x, weight, tile, pdl=pdl, **extras)
 
 
 def _checked_out(
@@ -95,9 +95,7 @@ def _checked_out(
     if not good or not weight.is_contiguous() or weight.shape[0] == 0 or k == 0:
         raise _refusal("weight", weight, f"contiguous [N, {k}] of {dtype}, N and K at least 1")
     n = weight.shape[0]
-    if bias is not None and (
-        bias.shape != (n,) or bias.dtype != dtype or not bias.is_contiguous()
-    ):
+    if bias is not None and (bias.shape != (n,) or bias.dtype != dtype or not bias.is_contiguous()):
         raise _refusal("bias", bias, f"contiguous [{n}] of {dtype}")
     if activation is not None:
         if activation not in ACTIVATIONS:
@@ -150,10 +148,10 @@ def tile_for(n: int, k: int, dtype: torch.dtype, num_rows: int, *, gated: bool) 
 @functools.cache
 def _tile_for(n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool) -> Choice:
     op = "gated_linear" if gated else "linear"
-    return choose(op, tuned_key(n, k, dtype, bucket), defaultmake_tile(n, k, dtype, bucket, gated))
+    return choose(op, tuned_key(n, k, dtype, bucket), default_tile(n, k, dtype, bucket, gated))
 
 
-def defaultmake_tile(n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool) -> Choice:
+def default_tile(n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool) -> Choice:
     """A good tile where none was measured."""
     if dtype == torch.float32:  # plain multiply-adds: small tiles, short steps
         return make_tile(min(max(bucket, 16), 64), 32, 32, warps=4, stages=2)
@@ -192,7 +190,7 @@ def make_tile(
     }
 
 
-def bymake_tile(
+def by_tile(
     x: Tensor,
     weight: Tensor,
     tile: Choice,
@@ -313,5 +311,5 @@ def prove_cublas(
 def _agrees(x: Tensor, weight: Tensor) -> bool:
     n, k = weight.shape
     out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    bymake_tile(x, weight, tile_for(n, k, x.dtype, x.shape[0], gated=False), out=out)
+    by_tile(x, weight, tile_for(n, k, x.dtype, x.shape[0], gated=False), out=out)
     return torch.equal(out, cublas.product(x, weight))

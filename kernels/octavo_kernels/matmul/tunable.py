@@ -7,7 +7,7 @@ tiles of the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from octavo_kernels.matmul.gpu import (
 )
 from octavo_kernels.tuning import Choice, Tunable
 
-if not torch.cuda.is_initialized():  # else too late; what needs it is then left out
+if torch.cuda.is_available() and not cublas.is_too_late():
     cublas.hold_to_same_bits()
 
 _SHAPES_8B = ((6144, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
@@ -118,7 +118,8 @@ def _parts(key: str) -> tuple[int, int, torch.dtype, int]:
 
 def _fits(tile: Choice, gated: bool) -> bool:
     rows = tile["BLOCK_M"] + tile["BLOCK_N"] * (2 if gated else 1)
-    buffers = max(tile["num_stages"] - 1, 1)
+    # A wgmma, for which four warps are needed, still reads its tile while the next arrives.
+    buffers = tile["num_stages"] - (0 if tile["num_warps"] >= 4 else 1)
     return 2 * rows * tile["BLOCK_K"] * buffers <= _SHARED_BYTES
 
 
@@ -126,9 +127,10 @@ def _streaming(bucket: int, k: int, gated: bool) -> Iterable[Choice]:
     for block_n, block_k, warps, stages, swap in _STREAMING:
         if gated and block_n > 64:
             continue
-        # 8 rows only as the flat operand; no tile longer than what it walks.
+        # 8 rows only as the flat operand; no tile longer than what it walks, and none whose x
+        # alone fills the registers.
         rows = bucket if swap else max(bucket, 16)
-        if block_k > k or rows * block_n > 64 * 64 * warps:
+        if block_k > k or rows * block_k > 8192 * max(warps // 2, 1):
             continue
         yield make_tile(rows, block_n, block_k, warps=warps, stages=stages, swap=swap)
 
@@ -153,7 +155,9 @@ def _tiles(key: str, gated: bool) -> list[Choice]:
     else:
         more = _wide(_MANY if bucket == BUCKETS[-1] else _MIDDLE, bucket, gated)
     found = [default_tile(n, k, dtype, bucket, gated)]
-    found += [tile for tile in more if tile not in found and _fits(tile, gated)]
+    for tile in more:
+        if tile not in found and _fits(tile, gated):
+            found.append(tile)
     return found
 
 
@@ -172,15 +176,20 @@ def _make(key: str, choice: Choice, gated: bool) -> Callable[[], Any]:
     return lambda: by_cublas(x, weight, activation=activation, out=out)
 
 
-def _keys(shapes: Iterable[tuple[int, int]], buckets: Iterable[int]) -> tuple[str, ...]:
-    return tuple(tuned_key(n, k, torch.bfloat16, b) for b in buckets for n, k in shapes)
+def _keys(gated: bool, buckets: Sequence[int]) -> tuple[str, ...]:
+    """The 8B shapes by bucket, then the small ones: a tuner short of time leaves out the last."""
+    pairs = [(shape, b) for b in buckets for shape in _SHAPES_8B]
+    pairs += [(shape, b) for b in (8, 16, 256) if b in buckets for shape in _SHAPES_SMALL]
+    # A head multiplies the rows that sample, never a whole prompt.
+    pairs = [(shape, b) for shape, b in pairs if b <= 256 or shape[0] < 100_000]
+    kept = [(shape, b) for shape, b in pairs if not gated or shape in _GATED]
+    return tuple(tuned_key(n, k, torch.bfloat16, b) for (n, k), b in kept)
 
 
 def _tile_tunable(gated: bool) -> Tunable:
-    shapes = [shape for shape in (*_SHAPES_8B, *_SHAPES_SMALL) if not gated or shape in _GATED]
     return Tunable(
         op="gated_linear" if gated else "linear",
-        keys=_keys(shapes, BUCKETS),
+        keys=_keys(gated, BUCKETS),
         candidates=lambda key: _tiles(key, gated),
         make=lambda key, choice: _make(key, choice, gated),
         rotate=_ROTATE,
@@ -188,10 +197,9 @@ def _tile_tunable(gated: bool) -> Tunable:
 
 
 def _cublas_tunable(gated: bool) -> Tunable:
-    shapes = [shape for shape in (*_SHAPES_8B, *_SHAPES_SMALL) if not gated or shape in _GATED]
     return Tunable(
         op="gated_linear_cublas" if gated else "linear_cublas",
-        keys=_keys(shapes, BUCKETS[2:]),
+        keys=_keys(gated, BUCKETS[3:]),
         candidates=lambda key: ({"cublas": 0}, {"cublas": 1}),
         make=lambda key, choice: _make(key, choice, gated),
         rotate=_ROTATE,
