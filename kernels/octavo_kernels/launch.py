@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from octavo_kernels import interpreted  # noqa: F401  (mends the interpreter)
+
 _KIND_OF_INT = ("i32", "i64")
 
 

@@ -1,0 +1,37 @@
+"""Mends Triton's interpreter where it is wrong on current NumPy; imported for its effect by launch.
+
+Loop bounds read from tensors: its scalars are arrays of one element, which NumPy >= 2.4 takes for
+no integer. Products of bfloat16: it multiplies the bit patterns; widened first, exactly, it is
+right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from triton import language as tl
+from triton.runtime import interpreter
+
+_patch_tensor = interpreter._patch_lang_tensor
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16 or handle.data.dtype != np.uint16:
+        return handle
+    wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(wide, tl.float32)
+
+
+def _dot_of_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    return _dot(self, _widened(a), _widened(b), *rest)
+
+
+interpreter._patch_lang_tensor = _patch_tensor_and_index
+interpreter.InterpreterBuilder.create_dot = _dot_of_widened
