@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from octavo_kernels.launch import Launch, compiling_for
 
-_LAUNCHES_A_PROCESS = 4  # fewer are not worth a process that imports torch and triton
+_LAUNCHES_A_PROCESS = 4  # fewer take less time than to import torch and triton
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:
@@ -51,9 +51,7 @@ def compile_all(
         if not isinstance(launch.kernel, JITFunction):
             raise RuntimeError(f"{launch.name} is interpreted: unset TRITON_INTERPRET to compile")
     wanted = math.ceil(len(launches) / _LAUNCHES_A_PROCESS)
-    count = max(1, min(wanted, processes or len(os.sched_getaffinity(0))))
-    if count == 1:
-        return _compile_here(launches, capability, seconds)
+    count = min(wanted, processes or len(os.sched_getaffinity(0)))
     # Neighbours are alike and take alike long, so that every process gets one of each kind.
     shares = [range(start, len(launches), count) for start in range(count)]
     workers = [_Worker([launches[i] for i in share], capability) for share in shares]
@@ -69,17 +67,6 @@ def compile_all(
     finally:
         for worker in workers:
             worker.end()
-    return failed
-
-
-def _compile_here(launches: Sequence[Launch], capability: int, seconds: float) -> dict[int, str]:
-    failed = {}
-    deadline = time.monotonic() + seconds
-    with compiling_for(capability):
-        for index, launch in enumerate(launches):
-            error = _error_of(launch) if time.monotonic() < deadline else "no time was left"
-            if error is not None:
-                failed[index] = error
     return failed
 
 

@@ -10,6 +10,8 @@ _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 _CACHES = (*_ACTIVATIONS, torch.float8_e4m3fn)
 _BLOCK_SIZES = (16, 32, 64, 128)
 _GATES = ("silu_mul", "gelu_tanh_mul")
+_NORMS = ("rms_norm", "layer_norm")
+_FORMATS = ("", "fp8", "fp8_blocks", "int8", "int4_32", "int4_64", "int4_128")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,11 @@ class ModelShape:
     block_size: int = 16  # tokens of a cache block
     rotary_dim: int | None = None  # None: the whole head
     gate: str = "silu_mul"
+    norm: str = "rms_norm"
+    weight_format: str = ""  # of the layers' matmuls; "": the activations' dtype
+    quantises_activations: bool = False  # for 8-bit weights
+    has_zero_points: bool = False  # of 4-bit weights
+    has_encoder: bool = False
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
     norm_offset: int = 0  # 1: the weight is stored less one
@@ -49,6 +56,8 @@ class ModelShape:
             ("cache_dtype", _CACHES),
             ("block_size", _BLOCK_SIZES),
             ("gate", _GATES),
+            ("norm", _NORMS),
+            ("weight_format", _FORMATS),
             ("norm_offset", (0, 1)),
         ):
             value = getattr(self, name)

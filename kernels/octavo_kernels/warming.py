@@ -7,17 +7,26 @@ stand for all others, since nothing that is compiled depends on lengths beyond t
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from torch import Tensor
 
 from octavo_kernels.compiling import compile_all, distinct
 from octavo_kernels.launch import Launch, collecting
 from octavo_kernels.shape import ModelShape
+
+if TYPE_CHECKING:
+    from octavo_kernels.quant_matmul import QuantWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +56,15 @@ def prefill(*lengths: int) -> Batch:
 
 
 def batches() -> tuple[Batch, ...]:
-    """One for every bucket that decides what is compiled: rows of a matmul, short and long keys."""
+    """One for every bucket that decides what is compiled.
+
+    Rows of a matmul, keys of one partition and of many, new tokens of a request that decodes
+    (drafts to verify), and prompts.
+    """
     found = [decode(rows, 100) for rows in (1, 8, 16, 32, 64, 128, 256, 512)]
-    found += [decode(rows, 40_000) for rows in (1, 256)]
+    found += [Batch((new, 1), (40_000, 300)) for new in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)]
     found += [prefill(length) for length in (1, 60, 600, 5_000)]
-    found += [Batch((4, 4), (300, 9_000)), Batch((500, 1), (2_500, 70))]
+    found += [Batch((500, 1), (2_500, 70)), decode(512, 40_000)]
     return tuple(found)
 
 
@@ -93,6 +106,10 @@ class Scene:
         heads = self.shape.num_kv_heads
         return {f"{name}_scale": torch.ones(heads, device=self.device) for name in ("k", "v")}
 
+    def starts(self) -> Tensor:
+        """query_start_loc [R + 1]."""
+        return self.ints(itertools.accumulate(self.batch.query_lens, initial=0))
+
     def positions(self) -> Tensor:
         batch = self.batch
         lengths = zip(batch.query_lens, batch.seq_lens, strict=True)
@@ -102,7 +119,7 @@ class Scene:
 def _block_copy(scene: Scene) -> None:
     from octavo_kernels.block_copy import gpu
 
-    gpu.block_copy([*scene.caches()], scene.ints([0]), scene.ints([1]))
+    gpu.block_copy([*scene.caches()], src=scene.ints([0]), dst=scene.ints([1]))
 
 
 def _embedding(scene: Scene) -> None:
@@ -112,15 +129,6 @@ def _embedding(scene: Scene) -> None:
     weight = scene.activations(shape.vocab, shape.hidden)
     gpu.embedding(scene.ints([0] * scene.batch.num_tokens), weight)
     gpu.embedding(scene.ints([0] * scene.batch.num_tokens), weight, scale=2.0)
-
-
-def _layer_norm(scene: Scene) -> None:
-    from octavo_kernels.layer_norm import gpu
-
-    x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
-    weight = scene.activations(scene.shape.hidden)
-    gpu.layer_norm(x, weight, weight, eps=1e-5)
-    gpu.layer_norm(x, weight, weight, eps=1e-5, residual=x.clone())
 
 
 def _matmul(scene: Scene) -> None:
@@ -153,14 +161,157 @@ def _matmul(scene: Scene) -> None:
         gpu.finish(wide, bias=bias, out=wide)
 
 
+def _layer_norm(scene: Scene) -> None:
+    from octavo_kernels.layer_norm import gpu
+
+    if scene.shape.norm == "layer_norm":
+        x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
+        weight = scene.activations(scene.shape.hidden)
+        gpu.layer_norm(x, weight, weight, eps=1e-5)
+        gpu.layer_norm(x, weight, weight, eps=1e-5, residual=x.clone())
+
+
+def _packed_attention(scene: Scene) -> None:
+    from octavo_kernels.packed_attention import gpu
+
+    shape, batch = scene.shape, scene.batch
+    if not shape.has_encoder:
+        return
+    qkv = scene.activations(batch.num_tokens, shape.qkv_width)
+    q, k, v = _heads(shape, qkv)
+    for is_causal in (False, True):
+        gpu.packed_attention(
+            q,
+            k,
+            v,
+            query_start_loc=scene.starts(),
+            key_start_loc=scene.starts(),
+            max_query_len=max(batch.query_lens),
+            scale=shape.head_dim**-0.5,
+            is_causal=is_causal,
+        )
+
+
+def _heads(shape: ModelShape, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
+    keys = shape.num_heads + shape.num_kv_heads
+    return heads[:, : shape.num_heads], heads[:, shape.num_heads : keys], heads[:, keys:]
+
+
+def _paged_attention(scene: Scene) -> None:
+    from octavo_kernels.paged_attention import gpu
+
+    shape, batch = scene.shape, scene.batch
+    q, _, _ = _heads(shape, scene.activations(batch.num_tokens, shape.qkv_width))
+    k_cache, v_cache = scene.caches()
+    blocks = scene.ints(range(scene.blocks_a_request)).expand(batch.num_requests, -1)
+    floats = {"sinks": scene.floats(shape.num_heads)} if shape.has_sinks else {}
+    for window in {0, shape.sliding_window}:
+        gpu.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables=blocks.contiguous(),
+            query_start_loc=scene.starts(),
+            seq_lens=scene.ints(batch.seq_lens),
+            scale=shape.head_dim**-0.5,
+            max_query_len=max(batch.query_lens),
+            sliding_window=window,
+            soft_cap=shape.soft_cap,
+            **floats,
+            **scene.cache_scales(),
+        )
+
+
+def _quant_matmul(scene: Scene) -> None:
+    from octavo_kernels.quant_matmul import gpu
+
+    shape, tokens = scene.shape, scene.batch.num_tokens
+    if not shape.weight_format:
+        return
+    heads = shape.num_heads * shape.head_dim
+    bias = scene.activations(shape.qkv_width) if shape.has_qkv_bias else None
+    for n, k, extra in (
+        (shape.qkv_width, shape.hidden, {"bias": bias}),
+        (shape.hidden, heads, {"residual": scene.activations(tokens, shape.hidden)}),
+        (shape.hidden, heads, {}),
+        (2 * shape.ffn, shape.hidden, {}),
+        (shape.hidden, shape.ffn, {"residual": scene.activations(tokens, shape.hidden)}),
+        (shape.hidden, shape.ffn, {}),
+    ):
+        gpu.quant_matmul(
+            scene.activations(tokens, k),
+            _packed(shape.weight_format, shape.has_zero_points, n, k, scene.device),
+            quantise_activations=shape.quantises_activations,
+            **extra,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _packed(weight_format: str, has_zero_points: bool, n: int, k: int, device: str) -> QuantWeight:
+    from octavo_kernels import quant_matmul
+
+    weight = torch.randn(n, k, device=device)
+    kind, _, group = weight_format.partition("_")
+    if kind == "int4":
+        return quant_matmul.pack_int4(weight, group=int(group), symmetric=not has_zero_points)
+    if kind == "int8":
+        return quant_matmul.pack_int8(weight)
+    return quant_matmul.pack_fp8_blocks(weight) if group else quant_matmul.pack_fp8(weight)
+
+
 def _rms_norm(scene: Scene) -> None:
     from octavo_kernels.rms_norm import gpu
 
-    x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
-    weight = scene.activations(scene.shape.hidden)
-    offset = float(scene.shape.norm_offset)
-    gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset)
-    gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset, residual=x.clone())
+    if scene.shape.norm == "rms_norm":
+        x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
+        weight = scene.activations(scene.shape.hidden)
+        offset = float(scene.shape.norm_offset)
+        gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset)
+        gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset, residual=x.clone())
+
+
+def _rotary_kv_write(scene: Scene) -> None:
+    from octavo_kernels.rotary_kv_write import gpu
+
+    shape, batch = scene.shape, scene.batch
+    k_cache, v_cache = scene.caches()
+    norms = (scene.activations(shape.head_dim) for _ in range(2))
+    q_norm, k_norm = norms if shape.has_qk_norm else (None, None)
+    table = scene.floats(max(batch.seq_lens), shape.turned // 2)
+    gpu.rotary_kv_write(
+        scene.activations(batch.num_tokens, shape.qkv_width),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        positions=scene.positions(),
+        cos=table,
+        sin=table,
+        slots=scene.positions(),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        weight_offset=float(shape.norm_offset),
+        **scene.cache_scales(),
+    )
+
+
+def _sampling(scene: Scene) -> None:
+    from octavo_kernels.sampling import gpu
+
+    rows = scene.batch.num_requests
+    ones = torch.ones(rows, device=scene.device)
+    numbers = scene.ints(range(rows), torch.int64)
+    gpu.sample(
+        scene.floats(rows, scene.shape.vocab),
+        temperature=ones,
+        top_k=scene.ints([5] * rows),
+        top_p=ones,
+        min_p=ones,
+        seeds=numbers,
+        positions=numbers,
+    )
 
 
 def _silu_mul(scene: Scene) -> None:
@@ -176,7 +327,12 @@ RUNS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "embedding": _embedding,
         "layer_norm": _layer_norm,
         "matmul": _matmul,
+        "packed_attention": _packed_attention,
+        "paged_attention": _paged_attention,
+        "quant_matmul": _quant_matmul,
         "rms_norm": _rms_norm,
+        "rotary_kv_write": _rotary_kv_write,
+        "sampling": _sampling,
         "silu_mul": _silu_mul,
     }
 )
@@ -200,13 +356,33 @@ def warm(shape: ModelShape, *, processes: int | None = None) -> list[Launch]:
         raise RuntimeError("no CUDA device: launches(shape) lists what would be compiled")
     found = launches(shape)
     major, minor = torch.cuda.get_device_capability()
-    failed = compile_all(found, capability=10 * major + minor, processes=processes)
-    if failed:
-        what = "; ".join(f"{found[index].name}: {why}" for index, why in failed.items())
-        raise RuntimeError(f"{len(failed)} of {len(found)} kernels do not compile: {what}")
+    stamp = _stamp(found, 10 * major + minor)
+    if not stamp.exists():
+        failed = compile_all(found, capability=10 * major + minor, processes=processes)
+        if failed:
+            what = "; ".join(f"{found[index].name}: {why}" for index, why in failed.items())
+            raise RuntimeError(f"{len(failed)} of {len(found)} kernels do not compile: {what}")
     for launch in found:
         _load(launch.compile())
+    _touch(stamp)
     return found
+
+
+def _stamp(found: Iterable[Launch], capability: int) -> Path:
+    """A file beside Triton's cache that says these very kernels are in it.
+
+    If they no longer are, they are compiled one after another, which only takes longer.
+    """
+    digest = hashlib.sha256(f"{triton.__version__} {capability}".encode())
+    for launch in found:
+        digest.update(f"{launch.key} {launch.kernel.cache_key}".encode())
+    return Path(triton.knobs.cache.dir) / f"octavo-{digest.hexdigest()}"
+
+
+def _touch(stamp: Path) -> None:
+    # Without a writable directory Triton keeps nothing either.
+    with contextlib.suppress(OSError):
+        stamp.touch()
 
 
 def _load(compiled: Any) -> None:
