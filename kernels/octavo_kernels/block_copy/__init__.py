@@ -23,14 +23,20 @@ def block_copy(caches: Sequence[Tensor], *, src: Tensor, dst: Tensor) -> None:
     caches: tensors [B, ...] of any dtype, contiguous; src, dst: [n] integer block numbers. Copies
     happen in order: a block written earlier may be a later source. Raises ValueError for a number
     outside its cache or unequal lengths, before anything is written.
+    On a GPU without order and without that check: see `octavo_kernels.block_copy.gpu`.
     """
+    if caches and caches[0].is_cuda:
+        from octavo_kernels.block_copy import gpu  # here: a CPU installation has no Triton
+
+        gpu.block_copy(caches, src=src, dst=dst)
+        return
     source, target = src.tolist(), dst.tolist()
     if len(source) != len(target):
         raise ValueError(f"src and dst must be of one length, got {len(source)} and {len(target)}")
     if not source:
         return
     for cache in caches:
-        require_device("block_copy", cache)
+        require_device("block_copy", cache, have=("cpu", "cuda"))
         if not cache.is_contiguous():
             raise ValueError("caches must be contiguous")
         low, high = min(*source, *target), max(*source, *target)

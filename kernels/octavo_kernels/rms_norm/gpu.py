@@ -24,8 +24,9 @@ def rms_norm(
 
     float32, bfloat16 or float16, computed in float32 and rounded once. With residual [T, D]: first
     residual += x in place, and what gets normalised is that sum as rounded to its dtype.
-    weight [D] may have another of these dtypes; weight_offset is 1 for models that store weight - 1.
-    out may be x. use_pdl (GPU only): starts while the kernel before it in the stream still runs.
+    weight [D] may have another of these dtypes; weight_offset is 1 for models that store
+    weight - 1. out may be x. use_pdl (GPU only): starts while the kernel before it in the stream
+    still runs.
     A row's bits depend on that row alone. Raises ValueError for other shapes, dtypes or strides,
     D above 16384, and rows of a multiple of 16 bytes that do not start at one.
     """

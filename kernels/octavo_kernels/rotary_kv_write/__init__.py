@@ -47,8 +47,28 @@ def rotary_kv_write(
     Returns q [T, N, H], a view of qkv. A token's bits depend on that token alone.
     Raises ValueError for shapes, dtypes, positions or slots that do not fit; the cache may then
     hold some of the batch's tokens.
+    On a GPU: other dtypes and both caches [B, K, BLOCK, H]; what does not fit is not written. See
+    `octavo_kernels.rotary_kv_write.gpu`, which also has FP8 caches, encoders and other pairs.
     """
-    require_device("rotary_kv_write", qkv)
+    if qkv.is_cuda:
+        from octavo_kernels.rotary_kv_write import gpu  # here: a CPU installation has no Triton
+
+        return gpu.rotary_kv_write(
+            qkv,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            slots=slots,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+        )
+    require_device("rotary_kv_write", qkv, have=("cpu", "cuda"))
     num_tokens = qkv.shape[0]
     width = (num_heads + 2 * num_kv_heads) * head_dim
     if qkv.shape != (num_tokens, width) or qkv.dtype != torch.float32 or not qkv.is_contiguous():

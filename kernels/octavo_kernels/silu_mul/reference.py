@@ -24,4 +24,5 @@ def gelu_tanh_mul_reference(x: Tensor) -> Tensor:
 def gelu_mul_reference(x: Tensor) -> Tensor:
     """See `gelu_mul`."""
     gate, up = x.chunk(2, dim=-1)
-    return 0.5 * gate * torch.special.erfc(-gate / math.sqrt(2)) * up
+    tail: Tensor = torch.special.erfc(-gate / math.sqrt(2))
+    return 0.5 * gate * tail * up
