@@ -18,11 +18,13 @@ from torch import Tensor
 
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import numerics, plan_kernel
+from octavo_kernels.tuning import Choice, choose
 
 DECODE_ROWS = 64  # rows of the decode kernel's tile
 PREFILL_ROWS = 128  # rows of a prefill tile, heads included
 _MAX_PARTIAL_ROWS = 1 << 17
-_CHUNK = 128  # prefill tiles that one program of the plan kernel places
+_SHARED_BYTES = 224 << 10
+_CHUNK = 32  # programs, or prefill tiles, that one program of the plan kernel places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ def make_plan(
     num_kv_heads: int,
     head_dim: int,
     sliding_window: int = 0,
-    num_programs: int | None = None,
+    cache_dtype: torch.dtype,
     max_partitions: int | None = None,
     shared_partitions: Tensor | None = None,
 ) -> AttentionPlan:
@@ -97,7 +99,7 @@ def make_plan(
 
     query_start_loc [R + 1], seq_lens [R] int32 on the device. num_tokens, max_query_len and
     max_seq_len bound what they hold: longer requests are cut off, never read past the bound.
-    num_programs: the decode kernel's grid (default: `decode_programs()`).
+    cache_dtype: what the decode kernel will read; with head_dim it decides its grid.
     max_partitions: a bound on the partitions of all decoded requests together (default: as many as
     R requests of max_seq_len have). Requests that find no room for their partials are prefilled:
     the same bits, slower. A good bound saves memory, and the prefill launch.
@@ -127,10 +129,9 @@ def make_plan(
     prefills = max_query_len * group > DECODE_ROWS
     if prefills or (splits and needed * rows_bound > _MAX_PARTIAL_ROWS):
         capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens)
-    if num_programs is None:
-        num_programs = decode_programs()
-    if rows_bound == 0 or num_requests == 0:
-        num_programs = 0
+    num_programs = 0
+    if rows_bound and num_requests:
+        num_programs = _processors() * decode_choice(head_dim, cache_dtype)["per_sm"]
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=seq_lens.device)
@@ -161,7 +162,7 @@ def make_plan(
     )
     launch(
         plan_kernel.divide,
-        (1 + -(-capacity // _CHUNK),),
+        (2 + num_programs // _CHUNK + -(-capacity // _CHUNK),),
         query_start_loc, seq_lens, shared_partitions, plan.requests, plan.num_decoded,
         plan.programs, plan.arrivals, plan.tiles, plan.num_tiles,
         num_requests, num_tokens, max_query_len, max_seq_len, num_programs, partial_rows, capacity,
@@ -177,12 +178,32 @@ def padded(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+def decode_choice(head_dim: int, cache_dtype: torch.dtype) -> Choice:
+    """How the decode kernel is launched, which decides no bits.
+
+    per_sm: programs on a multiprocessor; stages: tiles on their way or in use; fused: whether the
+    last program of a (request, kv head) folds its partials, or a kernel of its own does.
+    """
+    size = cache_dtype.itemsize
+    # a program holds `stages` tiles of keys and as many of values
+    tile_bytes = 2 * numerics.tile_size(head_dim) * padded(head_dim) * size
+    room = _SHARED_BYTES // tile_bytes
+    stages = 2 if room < 3 else 3
+    default = {"per_sm": max(1, min(2, room // stages)), "stages": stages, "fused": 1}
+    return choose("paged_attention_decode", decode_key(head_dim, size), default)
+
+
+def decode_key(head_dim: int, itemsize: int) -> str:
+    """What the shipped table calls a head size and the bytes of a cached element."""
+    return f"H{head_dim} {itemsize}B"
+
+
 @functools.cache
-def decode_programs() -> int:
-    """Programs that fill the current GPU with the decode kernel; an H100's where there is none."""
+def _processors() -> int:
+    """Multiprocessors of the current GPU; an H100's where there is none."""
     if not torch.cuda.is_available():
-        return 264
-    return 2 * torch.cuda.get_device_properties().multi_processor_count
+        return 132
+    return int(torch.cuda.get_device_properties().multi_processor_count)
 
 
 def _check(query_start_loc: Tensor, seq_lens: Tensor, shared: Tensor | None) -> None:
