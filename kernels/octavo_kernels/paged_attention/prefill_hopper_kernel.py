@@ -37,7 +37,7 @@ LOG2_E = gl.constexpr(numerics.LOG2_E)
 def _item(i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr, BLOCK_Q: gl.constexpr,
           TILE: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
     """Work item i: request, kv head, its first row of q, its tokens, the first one's position, the
-    request's keys, and how many tiles of keys there are to do (0: no such tokens)."""
+    request's keys, and how many tiles of keys there are to do (at least 1)."""
     request = gl.load(tiles_ptr + 2 * (i // K))
     first = gl.load(tiles_ptr + 2 * (i // K) + 1)
     start = gl.load(starts_ptr + request)
@@ -49,12 +49,15 @@ def _item(i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr, BLOC
     if CAUSAL:
         end = position + tokens
     tiles = (gl.maximum(end, 1) + TILE - 1) // TILE
-    return request, i % K, start + first, tokens, position, keys, gl.where(tokens > 0, tiles, 0)
+    return request, i % K, start + first, tokens, position, keys, tiles
 
 
 @gluon.jit
 def _turn(round):
-    """The item a program takes in a round: there and back, so that long items even out."""
+    """The item a program takes in a round: there and back, so that long items even out.
+
+    Only the last round is not full: a program that finds no item in it is done.
+    """
     p, programs = gl.program_id(0), gl.num_programs(0)
     return round * programs + gl.where(round % 2 == 0, p, programs - 1 - p)
 
@@ -91,20 +94,18 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
     items = gl.load(num_tiles_ptr) * K
     count = 0
     round = 0
-    while round * gl.num_programs(0) < items:
-        i = _turn(round)
-        if i < items:
-            request, head, _, _, _, keys, tiles = _item(
-                i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL
-            )
-            table = table_ptr + request.to(gl.int64) * table_stride
-            rows = _block_rows(table, 0, keys, head, no_row, K, TILE, BLOCK)
-            for tile in range(tiles):
-                ahead = _block_rows(table, tile + 1, keys, head, no_row, K, TILE, BLOCK)
-                _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, TILE, BLOCK)
-                _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, TILE, BLOCK)
-                rows = ahead
-                count += 1
+    while _turn(round) < items:
+        request, head, _, _, _, keys, tiles = _item(
+            _turn(round), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL
+        )
+        table = table_ptr + request.to(gl.int64) * table_stride
+        rows = _block_rows(table, 0, keys, head, no_row, K, TILE, BLOCK)
+        for tile in range(tiles):
+            ahead = _block_rows(table, tile + 1, keys, head, no_row, K, TILE, BLOCK)
+            _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, TILE, BLOCK)
+            _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, TILE, BLOCK)
+            rows = ahead
+            count += 1
         round += 1
 
 
@@ -186,7 +187,8 @@ def _store(out_ptr, rows, smem, row, tokens, head, group: gl.constexpr, N: gl.co
 
 @gluon.jit
 def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count, tiles,
-            keys, full_tiles, last, scale, A: gl.constexpr, S: gl.constexpr, FLAT: gl.constexpr,
+            keys, full_tiles, last, scale, q_ptr, next_row, next_tokens, next_head,
+            group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr, A: gl.constexpr, S: gl.constexpr, FLAT: gl.constexpr,
             PARTITION: gl.constexpr):  # fmt: skip
     """The rows in q_smem against tiles of keys, from the ring's tile number `count` on.
 
@@ -245,6 +247,7 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
             acc = gl.zeros([GROUP_ROWS, H], gl.float32, A)
         acc = acc * gl.convert_layout(alpha, A_ROW, assert_trivial=True)[:, None]
         p = gl.convert_layout(x.to(dtype), P)
+    _load_q(q_ptr, q_smem, next_row, next_tokens, next_head, group, Q_STRIDE, G)
     before = count % STAGES
     if tiles * TILE > keys:
         _clear_unseen(v_smem.index(before), keys - (tiles - 1) * TILE, FLAT)
@@ -276,35 +279,44 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     scale = scale * LOG2_E
     r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, S))
     items = gl.load(num_tiles_ptr) * K
+    if _turn(0) >= items:
+        return
     count = 0
+    _, head, row, tokens, position, keys, tiles = _item(
+        gl.minimum(_turn(0), items - 1), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q,
+        TILE, CAUSAL,
+    )  # fmt: skip
+    _load_q(q_ptr, q_smem, row, tokens, head, group, Q_STRIDE, G)
     round = 0
-    while round * gl.num_programs(0) < items:
-        i = _turn(round)
-        if i < items:
-            _, head, row, tokens, position, keys, tiles = _item(
-                i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL
-            )
-            if tiles > 0:
-                _load_q(q_ptr, q_smem, row, tokens, head, group, Q_STRIDE, G)
-                if CAUSAL:
-                    last = gl.where(r // G < tokens, position + r // G, -1)
-                    full_tiles = (position + 1) // TILE
-                else:
-                    last = gl.where(r // G < tokens, keys - 1, -1)
-                    full_tiles = keys // TILE
-                async_copy.wait_group(0)
-                fence_async_shared()
-                m, l, acc = _attend(
-                    q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count,
-                    tiles, keys, full_tiles, last, scale, A, S, FLAT, PARTITION,
-                )  # fmt: skip
-                count += tiles
-                if sinks_ptr is not None:
-                    h = head * G + gl.convert_layout(r % G, gl.SliceLayout(1, A))
-                    m, l, acc = fold_sink(m, l, acc, gl.load(sinks_ptr + h) * LOG2_E)
-                rows = normalise(l, acc).to(q_smem.dtype)
-                _store(out_ptr, rows, fold_smem, row, tokens, head, group, N, G, FLAT)
+    while _turn(round) < items:
+        # the item after this one: its rows of q are copied while this one ends
+        _, next_head, next_row, next_tokens, next_position, next_keys, next_tiles = _item(
+            gl.minimum(_turn(round + 1), items - 1), tiles_ptr, starts_ptr, lengths_ptr, max_keys,
+            K, BLOCK_Q, TILE, CAUSAL,
+        )  # fmt: skip
+        if CAUSAL:
+            last = gl.where(r // G < tokens, position + r // G, -1)
+            full_tiles = (position + 1) // TILE
+        else:
+            last = gl.where(r // G < tokens, keys - 1, -1)
+            full_tiles = keys // TILE
+        async_copy.wait_group(0)
+        fence_async_shared()
+        m, l, acc = _attend(
+            q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count,
+            tiles, keys, full_tiles, last, scale, q_ptr, next_row, next_tokens, next_head, group,
+            Q_STRIDE, G, A, S, FLAT, PARTITION,
+        )  # fmt: skip
+        count += tiles
+        if sinks_ptr is not None:
+            h = head * G + gl.convert_layout(r % G, gl.SliceLayout(1, A))
+            m, l, acc = fold_sink(m, l, acc, gl.load(sinks_ptr + h) * LOG2_E)
+        rows = normalise(l, acc).to(q_smem.dtype)
+        _store(out_ptr, rows, fold_smem, row, tokens, head, group, N, G, FLAT)
+        head, row, tokens, position = next_head, next_row, next_tokens, next_position
+        keys, tiles = next_keys, next_tiles
         round += 1
+    async_copy.wait_group(0)
 
 
 @gluon.jit(do_not_specialize=["table_stride", "max_keys", "no_row", "scale"])
