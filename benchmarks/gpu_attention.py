@@ -185,6 +185,7 @@ def _prefill(recorder: Recorder, seconds: float, requests: int, length: int, hea
                 cell.calls(1),
                 baselines=baselines,
                 known_us={} if fa3 is None else {"FA3": flops / fa3 / 1e6},
+                bytes_moved=cell.cache_bytes + 4 * requests * length * NUM_HEADS * head_dim,
                 flops=flops,
                 seconds=seconds,
             )

@@ -99,7 +99,7 @@ class Scene:
         k, v = (torch.zeros(sizes, dtype=shape.cache_dtype, device=self.device) for _ in range(2))
         return k, v
 
-    def cache_scales(self) -> dict[str, Tensor]:
+    def cache_scales(self) -> dict[str, Any]:
         """k_scale and v_scale [K] where the cache is FP8."""
         if self.shape.cache_dtype != torch.float8_e4m3fn:
             return {}
@@ -205,7 +205,9 @@ def _paged_attention(scene: Scene) -> None:
     q, _, _ = _heads(shape, scene.activations(batch.num_tokens, shape.qkv_width))
     k_cache, v_cache = scene.caches()
     blocks = scene.ints(range(scene.blocks_a_request)).expand(batch.num_requests, -1)
-    floats = {"sinks": scene.floats(shape.num_heads)} if shape.has_sinks else {}
+    options: dict[str, Any] = {"soft_cap": shape.soft_cap, **scene.cache_scales()}
+    if shape.has_sinks:
+        options["sinks"] = scene.floats(shape.num_heads)
     for window in {0, shape.sliding_window}:
         gpu.paged_attention(
             q,
@@ -217,9 +219,7 @@ def _paged_attention(scene: Scene) -> None:
             scale=shape.head_dim**-0.5,
             max_query_len=max(batch.query_lens),
             sliding_window=window,
-            soft_cap=shape.soft_cap,
-            **floats,
-            **scene.cache_scales(),
+            **options,
         )
 
 

@@ -1,4 +1,4 @@
-"""The GPU suite as far as it goes without a GPU: rows, targets, table, limits, its calls' shapes."""
+"""The GPU suite as far as it goes without a GPU: rows, targets, table, limits, calls."""
 
 from __future__ import annotations
 
