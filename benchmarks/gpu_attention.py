@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_recorder import Recorder, times_to_fill
 from benchmarks.gpu_rows import FA3_DECODE_US, FA3_PREFILL_TFLOP_S
-from octavo_kernels.paged_attention import gpu
+from octavo_kernels.paged_attention import gpu, prefill, prefill_hopper
 from octavo_kernels.paged_attention.gpu_plan import make_plan
 
 NUM_HEADS, NUM_KV_HEADS = 32, 8
@@ -76,16 +76,11 @@ class Cell:
         blocks = torch.randperm(self.requests * self.length // self.block_size, device="cuda")
         return blocks.to(torch.int32).view(self.requests, -1)
 
-    def calls(self, num_layers: int) -> list[Callable[[], Any]]:
-        """The op on caches of several layers, as a model calls it: one plan for all."""
+    def arguments(self) -> dict[str, Any]:
+        """Everything of a call but the caches: one plan and one query for all layers."""
         starts = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda") * self.query_len
         seq_lens = torch.full((self.requests,), self.length, dtype=torch.int32, device="cuda")
         num_tokens = self.requests * self.query_len
-        q = torch.randn(num_tokens, NUM_HEADS, self.head_dim, dtype=torch.bfloat16, device="cuda")
-        scales = {}
-        if self.cache_dtype == torch.float8_e4m3fn:
-            ones = torch.ones(NUM_KV_HEADS, device="cuda")
-            scales = {"k_scale": ones, "v_scale": ones}
         plan = make_plan(
             starts,
             seq_lens,
@@ -97,21 +92,40 @@ class Cell:
             head_dim=self.head_dim,
             cache_dtype=self.cache_dtype,
         )
-        common = functools.partial(
-            gpu.paged_attention,
-            q,
-            block_tables=self.table(),
-            query_start_loc=starts,
-            seq_lens=seq_lens,
-            scale=self.head_dim**-0.5,
-            max_query_len=self.query_len,
-            plan=plan,
-            **scales,
-        )
+        sizes = (num_tokens, NUM_HEADS, self.head_dim)
+        return {
+            "q": torch.randn(sizes, dtype=torch.bfloat16, device="cuda"),
+            "plan": plan,
+            "block_tables": self.table(),
+            "query_start_loc": starts,
+            "seq_lens": seq_lens,
+            "scale": self.head_dim**-0.5,
+        }
+
+    def decode_calls(self, num_layers: int) -> list[Callable[[], Any]]:
+        """The op on caches of several layers."""
+        arguments = {**self.arguments(), "max_query_len": self.query_len}
+        if self.cache_dtype == torch.float8_e4m3fn:
+            ones = torch.ones(NUM_KV_HEADS, device="cuda")
+            arguments |= {"k_scale": ones, "v_scale": ones}
         return [
-            functools.partial(common, k_cache=self.cache(), v_cache=self.cache())
+            functools.partial(
+                gpu.paged_attention, k_cache=self.cache(), v_cache=self.cache(), **arguments
+            )
             for _ in range(num_layers)
         ]
+
+    def prefill_calls(self) -> dict[str, Callable[[], Any]]:
+        """The portable kernel and, on a Hopper, the other one with the same bits."""
+        arguments = self.arguments()
+        common = {**arguments, "k_cache": self.cache(), "v_cache": self.cache()}
+        common["out"] = torch.empty_like(arguments["q"])
+        found = {"prefill_attention": functools.partial(prefill.attend_prefill, **common)}
+        if prefill_hopper.is_hopper():
+            found["prefill_hopper_attention"] = functools.partial(
+                prefill_hopper.attend_prefill_hopper, **common
+            )
+        return found
 
 
 def run_decode(recorder: Recorder, *, is_short: bool) -> None:
@@ -150,7 +164,7 @@ def _decode(
         row = recorder.measure(
             "decode_attention",
             cell.case,
-            cell.calls(times_to_fill(cell.cache_bytes)),
+            cell.decode_calls(times_to_fill(cell.cache_bytes)),
             known_us={name: us for name, us in known.items() if us is not None},
             bytes_moved=cell.cache_bytes,
             flops=4 * requests * NUM_HEADS * head_dim * length,
@@ -178,18 +192,19 @@ def _prefill(recorder: Recorder, seconds: float, requests: int, length: int, hea
             head_dim=head_dim,
             block_size=block_size,
         )
-        with recorder.case("prefill_attention", cell.case):
-            recorder.measure(
-                "prefill_attention",
-                cell.case,
-                cell.calls(1),
-                baselines=baselines,
-                known_us={} if fa3 is None else {"FA3": flops / fa3 / 1e6},
-                bytes_moved=cell.cache_bytes + 4 * requests * length * NUM_HEADS * head_dim,
-                flops=flops,
-                seconds=seconds,
-            )
-        baselines = {}  # once is enough
+        for op, call in cell.prefill_calls().items():
+            with recorder.case(op, cell.case):
+                recorder.measure(
+                    op,
+                    cell.case,
+                    [call],
+                    baselines=baselines,
+                    known_us={} if fa3 is None else {"FA3": flops / fa3 / 1e6},
+                    bytes_moved=cell.cache_bytes + 4 * requests * length * NUM_HEADS * head_dim,
+                    flops=flops,
+                    seconds=seconds,
+                )
+            baselines = {}  # once is enough
 
 
 def _sdpa(requests: int, length: int, head_dim: int) -> dict[str, list[Callable[[], Any]]]:

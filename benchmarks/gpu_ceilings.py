@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import traceback
+
 import torch
 
-from benchmarks.gpu_recorder import Recorder
+from benchmarks.gpu_recorder import Recorder, Rehearsal
+from octavo_kernels.compiling import compile_all, distinct
+from octavo_kernels.launch import collecting
+from octavo_kernels.tune import OnMeta
 
 _GIB = 2**30
 _N = 8192
@@ -26,3 +32,25 @@ def run_ceilings(recorder: Recorder, *, is_short: bool) -> None:
         recorder.measure(
             "matmul_bf16_8192", "cuBLAS", [lambda: a @ b], flops=2 * _N**3, seconds=seconds
         )
+
+
+def run_compile(recorder: Recorder, *, is_short: bool) -> None:
+    """Compiles what the other sections will launch, on all cores; a kernel that fails is a row."""
+    from benchmarks.gpu_suite import SECTIONS
+
+    with collecting() as found, OnMeta():
+        for section in SECTIONS:
+            if section.name not in ("ceilings", "compile"):
+                module = importlib.import_module(f"benchmarks.{section.module}")
+                try:
+                    getattr(module, f"run_{section.name}")(Rehearsal(), is_short=is_short)
+                except Exception:  # the section itself will say what is wrong with it
+                    traceback.print_exc()
+    launches = distinct(found)
+    major, minor = torch.cuda.get_device_capability()
+    failed = compile_all(launches, capability=10 * major + minor)
+    for index, why in failed.items():
+        launch = launches[index]
+        recorder.num_failed += 1
+        recorder.keep({"op": launch.name, "case": "compile", "error": why[:300]})
+    print(f"{len(launches)} kernels, {len(failed)} failed")

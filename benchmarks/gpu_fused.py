@@ -27,10 +27,10 @@ def _random(*sizes: int) -> Tensor:
 def run_fused(recorder: Recorder, *, is_short: bool) -> None:
     seconds = 0.1 if is_short else 0.3
     for tokens in (4096,) if is_short else (4096, 64, 1):
-        for op, make in (
-            ("rms_norm", _norm),
-            ("rotary_kv_write", _rotary),
-            ("silu_mul", _gate),
+        for op, make, flops in (
+            ("rms_norm", _norm, 5 * HIDDEN),
+            ("rotary_kv_write", _rotary, 3 * (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM),
+            ("silu_mul", _gate, 5 * FFN),
         ):
             case = CASE.format(tokens)
             with recorder.case(op, case):
@@ -38,7 +38,14 @@ def run_fused(recorder: Recorder, *, is_short: bool) -> None:
                 # At few tokens what the kernel before has written is still in L2, in a model too.
                 sets = times_to_fill(num_bytes) if tokens > 64 else 1
                 calls = [make(tokens)[0] for _ in range(sets)]
-                recorder.measure(op, case, calls, bytes_moved=num_bytes, seconds=seconds)
+                recorder.measure(
+                    op,
+                    case,
+                    calls,
+                    bytes_moved=num_bytes,
+                    flops=tokens * flops,
+                    seconds=seconds,
+                )
                 del calls
 
 

@@ -40,6 +40,7 @@ class Section:
 
 SECTIONS = (
     Section("ceilings", "gpu_ceilings", 40, 30),
+    Section("compile", "gpu_ceilings", 90, 60),
     Section("decode", "gpu_attention", 90, 40),
     Section("prefill", "gpu_attention", 90, 40),
     Section("fused", "gpu_fused", 60, 30),
@@ -66,7 +67,7 @@ def run_tests(log: Path, limit_s: float) -> str:
     """The GPU's tests, in several processes where pytest-xdist is installed; "" when green."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(8, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+        command += ["-n", str(min(14, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
     # Named one by one: other tests need packages that a GPU machine may lack.
     files = sorted(str(path) for path in Path("tests/octavo_kernels").glob("test_gpu_*.py"))
     files += sorted(

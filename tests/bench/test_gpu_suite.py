@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from benchmarks import gpu_rows, gpu_suite
+from benchmarks import gpu_rows, gpu_suite, roofline
 
 pytest.importorskip("triton")
 
@@ -100,41 +98,40 @@ def test_a_section_that_crashes_or_hangs_is_named(tmp_path: Path) -> None:
         assert gpu_suite._process([sys.executable, "-c", ""], log, 60) == ""
 
 
-class Rehearsal:
-    """Stands in for the recorder: the calls launch what they would, on nothing."""
-
-    def __init__(self) -> None:
-        self.kept: list[str] = []
-
-    @contextlib.contextmanager
-    def case(self, op: str, case: str) -> Iterator[None]:
-        yield
-
-    def measure(self, op: str, case: str, calls: Any, **fields: Any) -> dict[str, Any]:
-        with collecting() as found:
-            calls[0]()
-        assert found, f"{op} {case} launches nothing"
-        fields.pop("seconds")
-        baselines = {name: times(20) for name in fields.pop("baselines", None) or {}}
-        return self.keep_times(op, case, times(10), baselines=baselines, **fields)
-
-    def keep_times(self, op: str, case: str, seconds: Any, **fields: Any) -> dict[str, Any]:
-        self.kept.append(f"{op}: {case}")
-        return gpu_rows.row_of(op, case, seconds, ceilings=CEILINGS, **fields)
+MEASURED = [s.name for s in gpu_suite.SECTIONS if s.name not in ("ceilings", "compile")]
 
 
-@pytest.mark.parametrize("name", [s.name for s in gpu_suite.SECTIONS if s.name != "ceilings"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_a_section_calls_its_ops_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     section = next(section for section in gpu_suite.SECTIONS if section.name == name)
     module = importlib.import_module(f"benchmarks.{section.module}")
     monkeypatch.setattr(module, "times_to_fill", lambda num_bytes: 1)
-    rehearsal = Rehearsal()
-    with OnMeta(), collecting():
+    rehearsal = gpu_recorder.Rehearsal()
+    with OnMeta(), collecting() as found:
         getattr(module, f"run_{name}")(rehearsal, is_short=False)
-    assert rehearsal.kept
-    for op, case in gpu_rows.TARGETS:
-        if any(kept.startswith(f"{op}:") for kept in rehearsal.kept):
-            assert f"{op}: {case}" in rehearsal.kept, "a target that nothing is measured for"
+    assert found and rehearsal.kept
+    ops = {op for op, _ in rehearsal.kept}
+    missing = [target for target in gpu_rows.TARGETS if target[0] in ops]
+    assert set(missing) <= set(rehearsal.kept), "a target that nothing is measured for"
+
+
+def test_a_roofline_has_a_point_for_each_kernel(tmp_path: Path) -> None:
+    rows = [
+        {"op": "copy", "case": "1 GiB", "TB/s": 3.0, "bytes": 1e9, "flops": 0.0, "us": 1.0},
+        {"op": "matmul_bf16_8192", "case": "cuBLAS", "TFLOP/s": 600.0, "bytes": 0, "flops": 1e9},
+        {"op": "matmul", "case": "qkv M=1", "bytes": 1e8, "flops": 2e8, "us": 40.0},
+        {"op": "sampling", "case": "x", "error": "RuntimeError: no"},
+    ]
+    assert roofline.points_of(rows) == {"matmul": [(2.0, 5.0, "qkv M=1")]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"gpu": "H100", "commit": "a", **row}) + "\n" for row in rows)
+    )
+    picture = tmp_path / "roofline.png"
+    status = roofline.main([str(path), "--out", str(picture)])
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    assert status == (0 if has_matplotlib else 2)
+    assert picture.exists() == has_matplotlib
 
 
 def test_nothing_is_measured_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
