@@ -31,6 +31,9 @@ GROUP_ROWS = gl.constexpr(64)  # rows of a consumer warpgroup
 GROUPS = gl.constexpr(2)
 STAGES = gl.constexpr(2)  # buffers of K, and of V
 LOG2_E = gl.constexpr(numerics.LOG2_E)
+RENAMED = gl.constexpr(hasattr(tma, "async_load"))  # after Triton 3.6
+copy_rows = async_copy.async_load if RENAMED.value else async_copy.async_copy_global_to_shared
+copy_box = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -82,7 +85,7 @@ def _copy_tile(desc, smem, full, empty, rows, count, TILE: gl.constexpr, BLOCK: 
     mbarrier.expect(full.index(slot), TILE * desc.block_type.shape[1] * 2)
     for part in gl.static_range(TILE // BLOCK):
         to = smem.index(slot).slice(part * BLOCK, BLOCK)
-        tma.async_copy_global_to_shared(desc, [rows[part], 0], full.index(slot), to)
+        copy_box(desc, [rows[part], 0], full.index(slot), to)
 
 
 @gluon.jit
@@ -118,7 +121,7 @@ def _load_q(q_ptr, q_smem, row, tokens, head, group: gl.constexpr, Q_STRIDE: gl.
     r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
     h = gl.arange(0, H, gl.SliceLayout(0, layout))
     at = (row + r // G).to(gl.int64) * Q_STRIDE + (head * G + r % G) * H
-    async_copy.async_copy_global_to_shared(
+    copy_rows(
         q_smem, q_ptr + at[:, None] + h[None, :], mask=(r // G < tokens)[:, None]
     )
     async_copy.commit_group()
@@ -176,7 +179,10 @@ def _store(out_ptr, rows, smem, row, tokens, head, group: gl.constexpr, N: gl.co
     """Writes this warpgroup's rows, through shared memory to write 16 bytes at a time."""
     H: gl.constexpr = rows.shape[1]
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    smem = smem._reinterpret(rows.dtype, [GROUP_ROWS, H], swizzled)
+    if RENAMED:
+        smem = smem.reinterpret(rows.dtype, [GROUP_ROWS, H], swizzled)
+    else:
+        smem = smem._reinterpret(rows.dtype, [GROUP_ROWS, H], swizzled)
     smem.store(rows)
     rows = smem.load(FLAT)
     r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, FLAT))
@@ -188,7 +194,8 @@ def _store(out_ptr, rows, smem, row, tokens, head, group: gl.constexpr, N: gl.co
 @gluon.jit
 def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count, tiles,
             keys, full_tiles, last, scale, q_ptr, next_row, next_tokens, next_head,
-            group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr, A: gl.constexpr, S: gl.constexpr, FLAT: gl.constexpr,
+            group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr, A: gl.constexpr,
+            S: gl.constexpr, FLAT: gl.constexpr,
             PARTITION: gl.constexpr):  # fmt: skip
     """The rows in q_smem against tiles of keys, from the ring's tile number `count` on.
 
