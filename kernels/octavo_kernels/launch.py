@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo_kernels import interpreted  # noqa: F401  (mends the interpreter)
 
@@ -53,6 +54,8 @@ class Launch:
 def _kind(arg: Any) -> str:
     if isinstance(arg, Tensor):
         return f"*{arg.dtype}"
+    if isinstance(arg, TensorDescriptor):
+        return f"tile {arg.base.dtype} {list(arg.block_shape)}"
     if isinstance(arg, int) and not isinstance(arg, bool):
         return _KIND_OF_INT[not -(2**31) <= arg < 2**31]
     return type(arg).__name__ if arg is not None else "None"

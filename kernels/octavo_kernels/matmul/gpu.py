@@ -13,22 +13,25 @@ from typing import Any, Literal, TypedDict
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo_kernels.launch import launch
 from octavo_kernels.matmul import cublas
 from octavo_kernels.matmul.gpu_kernel import finish_kernel, gated_linear_kernel, linear_kernel
+from octavo_kernels.matmul.gpu_tma_kernel import gated_linear_tma_kernel, linear_tma_kernel
 from octavo_kernels.tuning import Choice, choose
 
 Activation = Literal["silu_mul", "gelu_tanh_mul"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ACTIVATIONS = ("silu_mul", "gelu_tanh_mul")
+ACTIVATIONS = {"silu_mul": "silu", "gelu_tanh_mul": "gelu_tanh"}  # as silu_mul's kernel names them
 # Rows from which a step takes its choice: a bucket serves every T up to it, the last one all.
 BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 # Outside a CUDA graph a call of cuBLAS costs about 130 us of host time (its heuristic looks long
 # for an algorithm without workspace): from here on the GPU is the slower of the two.
 EAGER_CUBLAS_ROWS = 1024
 _FINISH_BLOCK = 1024
+_SHARED_BYTES = 227 * 1024  # of a multiprocessor of Hopper
 # (N, K, dtype) for which this process has seen cuBLAS give the tiles' bits
 _proven: set[tuple[int, int, torch.dtype]] = set()
 
@@ -51,7 +54,7 @@ def linear(
     activation: Activation | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    pdl: bool = False,
+    use_pdl: bool = False,
 ) -> Tensor:
     """x [T, K] @ weight [N, K]^T, then bias [N], gate or residual [T, N] -> [T, N].
 
@@ -61,8 +64,8 @@ def linear(
     The output has x's dtype, or float32 by `out_dtype` or `out`; `out` may be the residual.
     A row's bits depend on that row, the weights and the output's dtype alone.
 
-    `pdl` starts the launch before its predecessor has ended (which must be a kernel of the same
-    kind of chain) and waits for it inside. Raises ValueError for other shapes, dtypes or strides.
+    `use_pdl`, for few rows, starts the launch while its predecessor still runs, asks for weights
+    and then waits for it. Raises ValueError for other shapes, dtypes or strides.
     """
     out = _checked_out(x, weight, bias, residual, activation, out, out_dtype)
     num_rows, k = x.shape
@@ -74,7 +77,7 @@ def linear(
     if _takes_cublas(x, n, out.dtype, is_gated):
         return by_cublas(x, weight, **extras)
     tile = tile_for(n, k, x.dtype, num_rows, gated=is_gated)
-    return by_tile(x, weight, tile, pdl=pdl, **extras)
+    return by_tile(x, weight, tile, use_pdl=use_pdl, **extras)
 
 
 def _checked_out(
@@ -99,7 +102,7 @@ def _checked_out(
         raise _refusal("bias", bias, f"contiguous [{n}] of {dtype}")
     if activation is not None:
         if activation not in ACTIVATIONS:
-            raise ValueError(f"linear has the activations {ACTIVATIONS}, got {activation!r}")
+            raise ValueError(f"linear has the activations {[*ACTIVATIONS]}, got {activation!r}")
         if n % 2 or residual is not None:
             raise ValueError(
                 f"linear with an activation takes an even number of weight rows (gate, up) and no"
@@ -166,7 +169,9 @@ def default_tile(n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool) -
     if bucket <= 256:
         small = columns * bucket < 132 * 64 * 128 * 2  # fewer tiles than two a multiprocessor
         return make_tile(64, block // 2 if small else block, 64, warps=4, stages=4)
-    return make_tile(128, block * 2, 64, warps=8, stages=3)
+    if not _is_hopper():
+        return make_tile(128, block, 32, warps=8, stages=3)
+    return make_tile(128, block * 2, 64, warps=8, stages=3, tma=1)
 
 
 def make_tile(
@@ -178,6 +183,7 @@ def make_tile(
     stages: int,
     swap: int = 0,
     group: int = 8,
+    tma: int = 0,
 ) -> Choice:
     return {
         "BLOCK_M": block_m,
@@ -185,6 +191,7 @@ def make_tile(
         "BLOCK_K": block_k,
         "GROUP_M": group,
         "SWAP": swap,
+        "TMA": tma,
         "num_warps": warps,
         "num_stages": stages,
     }
@@ -199,26 +206,65 @@ def by_tile(
     residual: Tensor | None = None,
     activation: str | None = None,
     out: Tensor,
-    pdl: bool = False,
+    use_pdl: bool = False,
 ) -> Tensor:
     """`linear` by the given tile into out, whose shape and dtype are right."""
     num_rows, k = x.shape
     n = out.shape[1]
-    grid = (triton.cdiv(num_rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)
-    options: dict[str, Any] = dict(tile)
-    options |= {"K": k, "HAS_BIAS": bias is not None, "PDL": pdl, "PREFETCH": 0}
-    if pdl:
+    tiles = triton.cdiv(num_rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    options: dict[str, Any] = {**tile, "K": k, "HAS_BIAS": bias is not None}
+    kernels: tuple[Any, Any] = linear_kernel, gated_linear_kernel
+    inputs: tuple[Any, Any] = x, weight
+    if options.pop("TMA") and _is_for_copy_engine(x) and _is_for_copy_engine(weight):
+        del options["SWAP"]
+        kernels = linear_tma_kernel, gated_linear_tma_kernel
+        inputs = (
+            TensorDescriptor.from_tensor(x, [tile["BLOCK_M"], tile["BLOCK_K"]]),
+            TensorDescriptor.from_tensor(weight, [tile["BLOCK_N"], tile["BLOCK_K"]]),
+        )
+        tiles = min(tiles, _num_programs(tile, activation is not None))
+        use_pdl = False
+    else:
+        options |= {"PDL": use_pdl, "PREFETCH": 0}
+    if use_pdl:
         ahead = min(k, tile["num_stages"] * tile["BLOCK_K"])
         options["PREFETCH"] = 0 if ahead < 64 else 1 << (ahead.bit_length() - 1)
         options["launch_pdl"] = True
     if activation is not None:
-        args = (x, weight, bias, out, num_rows)
-        launch(gated_linear_kernel, grid, *args, F=n, ACTIVATION=activation, **options)
+        args = (*inputs, bias, out, num_rows)
+        launch(kernels[1], (tiles,), *args, F=n, ACTIVATION=ACTIVATIONS[activation], **options)
     else:
         added = residual is not None
-        linear_args = (x, weight, bias, residual, out, num_rows)
-        launch(linear_kernel, grid, *linear_args, N=n, HAS_RESIDUAL=added, **options)
+        linear_args = (*inputs, bias, residual, out, num_rows)
+        launch(kernels[0], (tiles,), *linear_args, N=n, HAS_RESIDUAL=added, **options)
     return out
+
+
+def _is_for_copy_engine(tensor: Tensor) -> bool:
+    """Whether Hopper's copy engine can fetch tiles of tensor [R, K]."""
+    row_bytes = tensor.shape[1] * tensor.element_size()
+    return row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0 and _is_hopper()
+
+
+@functools.cache
+def _is_hopper() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _num_programs(tile: Choice, gated: bool) -> int:
+    """How many programs of a kernel whose programs stay are on the GPU at once."""
+    columns = tile["BLOCK_N"] * (2 if gated else 1)
+    stage = (tile["BLOCK_M"] + columns) * tile["BLOCK_K"]
+    shared = 2 * (tile["num_stages"] * stage + tile["BLOCK_M"] * tile["BLOCK_N"]) + 2048
+    fit = 2 if tile["num_warps"] <= 4 and 2 * shared <= _SHARED_BYTES else 1
+    return fit * _num_multiprocessors()
+
+
+@functools.cache
+def _num_multiprocessors() -> int:
+    if not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties().multi_processor_count)
 
 
 @functools.cache
@@ -275,7 +321,7 @@ def finish(
         BLOCK=_FINISH_BLOCK,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        ACTIVATION=activation or "",
+        ACTIVATION="" if activation is None else ACTIVATIONS[activation],
         num_warps=4,
     )
     return out

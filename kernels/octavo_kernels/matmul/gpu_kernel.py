@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.launch import jit
-
-# The interpreter multiplies the bit patterns of bfloat16: widened first, exactly, it is right.
-_WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
+from octavo_kernels.silu_mul.gpu_kernel import activate
 
 
 @triton.jit
@@ -20,6 +18,12 @@ def _tile_of(num_rows, NUM_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.c
     """Row tile and column tile: GROUP_M row tiles share each stretch of weights while in L2."""
     program = tl.program_id(0)
     num_m = tl.cdiv(num_rows, BLOCK_M)
+    return place_of(program, num_m, NUM_N, GROUP_M)
+
+
+@triton.jit
+def place_of(program, num_m, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The program-th of num_m * NUM_N tiles as (row tile, column tile)."""
     group = program // (GROUP_M * NUM_N)
     first_m = group * GROUP_M
     size = tl.minimum(num_m - first_m, GROUP_M)
@@ -30,9 +34,6 @@ def _tile_of(num_rows, NUM_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.c
 @triton.jit
 def _multiply(x, w, acc, SWAP: tl.constexpr):
     """acc + x [M, K] @ w [N, K]^T; with SWAP acc is [N, M] and the weights are the tall operand."""
-    if _WIDEN:
-        x = x.to(tl.float32)
-        w = w.to(tl.float32)
     if SWAP:
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     else:
@@ -70,18 +71,7 @@ def _wait_for_x(w_ptr, columns, K: tl.constexpr, PREFETCH: tl.constexpr):
 
 
 @triton.jit
-def _gate(gate, up, ACTIVATION: tl.constexpr):
-    """activation(gate) * up, all float32."""
-    if ACTIVATION == "silu_mul":
-        return gate / (1.0 + tl.exp(-gate)) * up
-    else:
-        inner = 0.7978845608028654 * (gate + 0.044715 * (gate * gate * gate))
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
-        return 0.5 * gate * (1.0 + tanh) * up
-
-
-@triton.jit
-def _add_bias(value, bias_ptr, columns, in_columns):
+def add_bias(value, bias_ptr, columns, in_columns):
     bias = tl.load(bias_ptr + columns, mask=in_columns, other=0.0)
     return value + bias.to(tl.float32)[None, :]
 
@@ -111,7 +101,7 @@ def linear_kernel(
     EVEN: tl.constexpr = K % BLOCK_K == 0
     # Weights of one row tile are read once; of several, again from L2.
     W_POLICY: tl.constexpr = "evict_first" if BLOCK_M <= 64 else ""
-    tile_m, tile_n = _tile_of(num_rows, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP_M)
+    tile_m, tile_n = _tile_of(num_rows, (N + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -135,7 +125,7 @@ def linear_kernel(
         acc = tl.trans(acc)
     value = acc.to(out_ptr.dtype.element_ty).to(tl.float32)
     if HAS_BIAS:
-        value = _add_bias(value, bias_ptr, columns, in_columns)
+        value = add_bias(value, bias_ptr, columns, in_columns)
     at = rows.to(tl.int64)[:, None] * N + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     if HAS_RESIDUAL:
@@ -166,7 +156,7 @@ def gated_linear_kernel(
     # Grid (row tiles * column tiles of F,): one tile of out per program, from two of weights.
     EVEN: tl.constexpr = K % BLOCK_K == 0
     W_POLICY: tl.constexpr = "evict_first" if BLOCK_M <= 64 else ""
-    tile_m, tile_n = _tile_of(num_rows, tl.cdiv(F, BLOCK_N), BLOCK_M, GROUP_M)
+    tile_m, tile_n = _tile_of(num_rows, (F + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -197,9 +187,9 @@ def gated_linear_kernel(
     gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
     up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
     if HAS_BIAS:
-        gate = _add_bias(gate, bias_ptr, columns, in_columns)
-        up = _add_bias(up, bias_ptr + F, columns, in_columns)
-    value = _gate(gate, up, ACTIVATION)
+        gate = add_bias(gate, bias_ptr, columns, in_columns)
+        up = add_bias(up, bias_ptr + F, columns, in_columns)
+    value = activate(gate, ACTIVATION) * up
     at = rows.to(tl.int64)[:, None] * F + columns[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
     tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
@@ -231,7 +221,7 @@ def finish_kernel(
         up = tl.load(product_ptr + N + columns, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             up += tl.load(bias_ptr + N + columns, mask=mask, other=0.0).to(tl.float32)
-        value = _gate(value, up, ACTIVATION)
+        value = activate(value, ACTIVATION) * up
     if HAS_RESIDUAL:
         at = residual_ptr + row * N + columns
         value += tl.load(at, mask=mask, other=0.0).to(tl.float32)

@@ -83,27 +83,22 @@ _MIDDLE = (
     (64, 64, 4, 5),
     (64, 128, 4, 3),
     (64, 128, 4, 5),
-    (64, 256, 4, 3),
     (64, 256, 4, 4),
     (128, 32, 4, 5),
     (128, 64, 4, 4),
     (128, 64, 4, 6),
-    (128, 64, 8, 4),
     (128, 128, 4, 4),
-    (128, 128, 8, 3),
-    (128, 128, 8, 5),
+    (128, 128, 8, 4),
     (128, 256, 8, 3),
-    (128, 256, 8, 4),
     (256, 64, 8, 4),
-    (256, 64, 4, 4),
-    (256, 128, 8, 4),
+    (256, 128, 8, 3),
 )
 _MANY = (
     (128, 128, 4, 3),
     (128, 128, 4, 4),
     (128, 128, 8, 4),
+    (128, 256, 8, 3),
     (128, 256, 8, 4),
-    (256, 64, 4, 4),
     (256, 64, 8, 4),
     (256, 128, 8, 3),
     (256, 128, 8, 4),
@@ -142,8 +137,9 @@ def _wide(tiles: Iterable[tuple[int, int, int, int]], bucket: int, gated: bool) 
         if block_m > bucket:
             continue
         yield make_tile(block_m, block_n, 64, warps=warps, stages=stages)
+        yield make_tile(block_m, block_n, 64, warps=warps, stages=stages, tma=1)
         if bucket == BUCKETS[-1]:
-            yield make_tile(block_m, block_n, 64, warps=warps, stages=stages, group=4)
+            yield make_tile(block_m, block_n, 64, warps=warps, stages=stages, group=16, tma=1)
         elif stages <= 4 and block_n <= 128:
             yield make_tile(block_m, block_n, 128, warps=warps, stages=3)
 
