@@ -25,10 +25,10 @@ def copy_blocks(
     pair = program // PARTS % num_pairs
     source = tl.load(src + pair).to(tl.int64)
     target = tl.load(dst + pair).to(tl.int64)
-    in_cache = (source >= 0) & (source < num_blocks) & (target >= 0) & (target < num_blocks)
     cols = program % PARTS * CHUNK + tl.arange(0, CHUNK)
-    mask = (cols < BLOCK_UNITS) & in_cache
+    mask = cols < BLOCK_UNITS
     address = tl.load(caches_ptr + program // PARTS // num_pairs)
     cache = tl.multiple_of(address.to(tl.pointer_type(UNIT)), ALIGNMENT)
-    units = tl.load(cache + source * BLOCK_UNITS + cols, mask=mask)
-    tl.store(cache + target * BLOCK_UNITS + cols, units, mask=mask)
+    if (source >= 0) & (source < num_blocks) & (target >= 0) & (target < num_blocks):
+        units = tl.load(cache + source * BLOCK_UNITS + cols, mask=mask)
+        tl.store(cache + target * BLOCK_UNITS + cols, units, mask=mask)

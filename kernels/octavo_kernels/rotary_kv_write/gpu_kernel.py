@@ -203,8 +203,6 @@ def rotate_and_write(
     if K_IN_PLACE:
         store_parts(qkv_ptr, k_at, is_kv, k_a, k_b, k_rest, H, HALF, INTERLEAVED)
     if k_cache_ptr is not None:
-        is_kv = is_kv & (slot >= 0) & (slot < num_slots)
-        at = ((slot // BLOCK * K + kv_head) * BLOCK + slot % BLOCK) * H
         if k_scale_ptr is not None:
             k_scale = tl.load(k_scale_ptr + kv_head, mask=is_kv, other=1.0)
             v_scale = tl.load(v_scale_ptr + kv_head, mask=is_kv, other=1.0)
@@ -212,5 +210,7 @@ def rotate_and_write(
             k_b = tl.div_rn(k_b, k_scale)
             k_rest = tl.div_rn(k_rest, k_scale)
             v = tl.div_rn(v.to(tl.float32), v_scale)
-        store_parts(k_cache_ptr, at, is_kv, k_a, k_b, k_rest, H, HALF, INTERLEAVED)
-        store_part(v_cache_ptr, at + cols, is_kv & (cols < H), v)
+        if (slot >= 0) & (slot < num_slots):
+            at = ((slot // BLOCK * K + kv_head) * BLOCK + slot % BLOCK) * H
+            store_parts(k_cache_ptr, at, is_kv, k_a, k_b, k_rest, H, HALF, INTERLEAVED)
+            store_part(v_cache_ptr, at + cols, is_kv & (cols < H), v)
