@@ -53,7 +53,12 @@ def widen8(words, PLANE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, 
     """Words [.., ..] int16 -> plane 0 or 1 of "fp8" or "int8" codes as DTYPE, same shape."""
     if FAST:
         return tl.inline_asm_elementwise(
-            _asm(KIND, PLANE, DTYPE, False), "=r,r", [words], dtype=DTYPE.value, is_pure=True, pack=2
+            _asm(KIND, PLANE, DTYPE, False),
+            "=r,r",
+            [words],
+            dtype=DTYPE.value,
+            is_pure=True,
+            pack=2,
         )
     code = (words.to(tl.int32) >> (8 * PLANE)) & 0xFF
     if KIND == "fp8":
@@ -67,7 +72,7 @@ def magic_of(zero, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """Zero points as `widen4` takes them away."""
     if not FAST:
         return zero.to(tl.float32)
-    elif DTYPE == tl.bfloat16:
+    elif DTYPE.is_bf16():
         return (zero.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
         return (zero.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
@@ -79,13 +84,21 @@ def widen4(words, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.const
     if FAST:
         if zero is None:
             return tl.inline_asm_elementwise(
-                _asm("int4", PLANE, DTYPE, False), "=r,r", [words], dtype=DTYPE.value, is_pure=True,
+                _asm("int4", PLANE, DTYPE, False),
+                "=r,r",
+                [words],
+                dtype=DTYPE.value,
+                is_pure=True,
                 pack=2,
             )
         else:
             return tl.inline_asm_elementwise(
-                _asm("int4", PLANE, DTYPE, True), "=r,r,r", [words, zero], dtype=DTYPE.value,
-                is_pure=True, pack=2,
+                _asm("int4", PLANE, DTYPE, True),
+                "=r,r,r",
+                [words, zero],
+                dtype=DTYPE.value,
+                is_pure=True,
+                pack=2,
             )
     code = ((words.to(tl.int32) >> (4 * PLANE)) & 0xF).to(tl.float32)
     if zero is None:

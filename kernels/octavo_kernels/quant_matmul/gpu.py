@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -25,23 +26,26 @@ from octavo_kernels.tuning import Choice, choose
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MATRIX_TYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+_TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 BUCKETS = (16, 64, 128)  # rows; the last one serves all above
 
 
-def default_choice(weight_kind: str, bucket: int, *, quantised: bool, wide: bool) -> Choice:
+def default_choice(weight: QuantWeight, bucket: int, *, quantised: bool, wide: bool) -> Choice:
     """Tile and launch for a bucket of rows, where nothing was measured.
 
     wide says that activations have four bytes: their tiles must fit registers and shared memory.
     """
     if wide:
         return _tile(block_n=32, block_m=16, warps=4, stages=2)
-    if quantised and weight_kind == "fp8":
-        small = _tile(block_n=64, block_m=bucket, warps=4, stages=4)
-        return small if bucket <= 64 else _tile(block_n=128, block_m=128, warps=8, stages=4)
     if bucket == 16:
+        if quantised and weight.kind == "fp8":
+            return _tile(block_n=64, block_m=16, warps=4, stages=5)
         return _tile(block_n=32, block_m=16, warps=2, stages=5)
     if bucket == 64:
         return _tile(block_n=64, block_m=64, warps=4, stages=4)
+    # Scales that change often take registers for a product of their own in every pass.
+    if weight.is_grouped and (quantised or weight.group == 32):
+        return _tile(block_n=128, block_m=64, warps=8, stages=4)
     return _tile(block_n=128, block_m=128, warps=8, stages=3)
 
 
@@ -63,6 +67,7 @@ def bucket_of(num_rows: int) -> int:
 def key_of(weight: QuantWeight, bucket: int, *, quantised: bool) -> str:
     """The tuned table's key: what decides a choice."""
     group = f":g{weight.group}" if weight.is_grouped else ""
+    group += ":zero" if weight.paired is not None else ""
     activations = "a8" if quantised else "a16"
     return f"{weight.kind}{group}:{activations}:{weight.n}x{weight.k}:{bucket}"
 
@@ -84,10 +89,12 @@ def quantise(x: Tensor, kind: Kind, *, grouped: bool = False) -> QuantActivation
     """x [T, K] (bf16, fp16, fp32) -> e4m3 or int8 codes with float32 scales, nearest, ties to even.
 
     One scale a row (largest magnitude / 448 or 127; 1 for a row of zeros), or with grouped one for
-    every 128 elements. A row with NaN gets the scale NaN, one with infinity gives NaN later.
+    every 128 elements. A row with NaN gets the scale NaN, one with infinity the scale infinity.
     """
     if kind not in _MATRIX_TYPE or (grouped and kind != "fp8"):
-        raise ValueError(f"activations become fp8 (grouped or not) or int8, got {kind!r}, {grouped}")
+        raise ValueError(
+            f"activations become fp8 (grouped or not) or int8, got {kind!r}, {grouped}"
+        )
     if x.dim() != 2 or x.dtype not in _FLOATS or not x.is_contiguous() or not x.shape[-1]:
         raise _refusal("x", x, _FLOATS, ["T", "K > 0"])
     num_rows, k = x.shape
@@ -149,11 +156,9 @@ def quant_matmul(
         _check("residual", residual, data, shape)
     bucket = bucket_of(num_rows)
     if choice is None:
-        default = default_choice(
-            weight.kind, bucket, quantised=quantised, wide=data.dtype == torch.float32
-        )
-        choice = default
-        if data.dtype != torch.float32:
+        wide = data.dtype == torch.float32
+        choice = default = default_choice(weight, bucket, quantised=quantised, wide=wide)
+        if not wide:
             choice = choose("quant_matmul", key_of(weight, bucket, quantised=quantised), default)
     _launch(x, weight, (bias, residual, out), dict(choice))
     return out
@@ -186,6 +191,8 @@ def _launch(
 ) -> None:
     num_rows = tail[2].shape[0]
     num_groups = weight.data.shape[0]
+    if isinstance(x, QuantActivations) and weight.kind == "fp8" and options["BLOCK_N"] < 64:
+        raise ValueError(f"fp8 activations need BLOCK_N of 64 or more, got {options['BLOCK_N']}")
     if num_groups % options["UNROLL"]:
         options["UNROLL"] = 1
     tiles = triton.cdiv(num_rows, options["BLOCK_M"]) * triton.cdiv(weight.n, options["BLOCK_N"])
@@ -215,8 +222,9 @@ def _launch(
     if weight.kind == "int4":
         per = GROUP // weight.group if weight.is_grouped else 1
         num_scales = weight.scale.shape[0]
-        args = (x, words, weight.scale, weight.zero, *tail, num_rows)
-        launch(w4a16, (tiles,), *args, S=num_scales, PER=per, **common)
+        args = (x, words, weight.scale, *tail, num_rows)
+        paired = None if weight.paired is None else _TRITON_TYPE[weight.paired]
+        launch(w4a16, (tiles,), *args, S=num_scales, PER=per, PAIRED=paired, **common)
     else:
         args = (x, words, weight.scale, *tail, num_rows)
         launch(w8a16, (tiles,), *args, KIND=weight.kind, **rows, **common)

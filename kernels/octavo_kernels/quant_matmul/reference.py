@@ -24,13 +24,16 @@ def dequantise(weight: QuantWeight) -> Tensor:
     elif weight.kind == "int8":
         values = ((codes + 128) % 256 - 128).double()
     else:
-        values = codes.double() - _spread(weight, weight.zero, 1)
-    return values * _spread(weight, weight.scale, weight.rows)
+        values = codes.double() - 8
+    scale = weight.scale
+    if weight.paired is not None:
+        halves = weight.scale.view(torch.int16).view(*weight.scale.shape, 2)
+        values += 8 - _spread(weight, halves[..., 0], 1)
+        scale = halves[..., 1].contiguous().view(weight.paired)
+    return values * _spread(weight, scale, weight.rows)
 
 
-def _spread(weight: QuantWeight, table: Tensor | None, rows: int) -> Tensor | int:
-    if table is None:
-        return 8
+def _spread(weight: QuantWeight, table: Tensor, rows: int) -> Tensor:
     wide = table.double().t().repeat_interleave(weight.group, 1)[:, : weight.k]
     return wide.repeat_interleave(rows, 0)[: weight.n]
 

@@ -16,24 +16,24 @@ def _scale(scale_ptrs, index, N: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.cons
 
 
 @triton.jit
-def _zero(zero_ptrs, index, N: tl.constexpr, S: tl.constexpr):
-    """Row `index` of the zero points (the last one beyond)."""
-    return tl.load(zero_ptrs + tl.minimum(index, S - 1) * N)
+def _plane(words, pair, PLANE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """Plane PLANE of words [BLOCK_N, 32] less the zero points in pair [BLOCK_N]."""
+    zero = magic_of((pair & 0xFF).to(tl.int16), DTYPE, FAST)
+    return widen4(words, tl.broadcast_to(zero[:, None], words.shape), PLANE, DTYPE, FAST)
 
 
 @triton.jit
-def _plane(words, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """Plane PLANE of words [BLOCK_N, 32] less zero [BLOCK_N]."""
-    spread = tl.broadcast_to(magic_of(zero, DTYPE, FAST)[:, None], words.shape)
-    return widen4(words, spread, PLANE, DTYPE, FAST)
+def _scale_in(pair, SCALE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The scales in pair [BLOCK_N], spread over a tile."""
+    scale = (pair >> 16).to(tl.int16).to(SCALE, bitcast=True).to(tl.float32)
+    return tl.broadcast_to(scale[:, None], [pair.shape[0], BLOCK_M])
 
 
 @jit
 def w4a16(
     x_ptr,  # [T, K] bf16, fp16, fp32
     words_ptr,  # [G, N, 32] int16
-    scale_ptr,  # [S, N]
-    zero_ptr,  # [S, N] int16 or None
+    scale_ptr,  # [S, N]; with zero points int32: zero + (16 bits of scale << 16)
     bias_ptr,  # [N] or None
     residual_ptr,  # [T, N] or None
     out_ptr,  # [T, N]
@@ -42,6 +42,7 @@ def w4a16(
     K: tl.constexpr,
     S: tl.constexpr,
     PER: tl.constexpr,  # scales for 128 elements of K: 4, 2, 1
+    PAIRED: tl.constexpr,  # the scales' type where they come with zero points, else None
     FAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,48 +62,42 @@ def w4a16(
     n_in = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
     word_ptrs = words_ptr + n_in.to(tl.int64)[:, None] * 32 + j[None, :]
     scale_ptrs = scale_ptr + n_in
-    next0 = _scale(scale_ptrs, 0, N, S, BLOCK_M)
-    next1 = next0 if PER == 1 else _scale(scale_ptrs, 1, N, S, BLOCK_M)
-    next2 = next0 if PER < 4 else _scale(scale_ptrs, 2, N, S, BLOCK_M)
-    next3 = next0 if PER < 4 else _scale(scale_ptrs, 3, N, S, BLOCK_M)
-    HAS_ZERO: tl.constexpr = zero_ptr is not None
-    if HAS_ZERO:
-        zero_ptrs = zero_ptr + n_in
-        zero0 = _zero(zero_ptrs, 0, N, S)
-        zero1 = zero0 if PER == 1 else _zero(zero_ptrs, 1, N, S)
-        zero2 = zero0 if PER < 4 else _zero(zero_ptrs, 2, N, S)
-        zero3 = zero0 if PER < 4 else _zero(zero_ptrs, 3, N, S)
+    if PAIRED is None:
+        next0 = _scale(scale_ptrs, 0, N, S, BLOCK_M)
+        next1 = next0 if PER == 1 else _scale(scale_ptrs, 1, N, S, BLOCK_M)
+        next2 = next0 if PER < 4 else _scale(scale_ptrs, 2, N, S, BLOCK_M)
+        next3 = next0 if PER < 4 else _scale(scale_ptrs, 3, N, S, BLOCK_M)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for g in range(0, NUM_G, UNROLL):
         for u in tl.static_range(UNROLL):
             first = (g + u) * PER
-            scale0, scale1, scale2, scale3 = next0, next1, next2, next3
-            # Asked for one group ahead, since scales are not part of the pipeline.
-            if S > 1:
-                next0 = _scale(scale_ptrs, first + PER, N, S, BLOCK_M)
-                if PER > 1:
-                    next1 = _scale(scale_ptrs, first + PER + 1, N, S, BLOCK_M)
-                if PER > 2:
-                    next2 = _scale(scale_ptrs, first + PER + 2, N, S, BLOCK_M)
-                    next3 = _scale(scale_ptrs, first + PER + 3, N, S, BLOCK_M)
+            if PAIRED is None:
+                scale0, scale1, scale2, scale3 = next0, next1, next2, next3
+                # Asked for one group ahead, since scales alone are not part of the pipeline.
+                if S > 1:
+                    next0 = _scale(scale_ptrs, first + PER, N, S, BLOCK_M)
+                    if PER > 1:
+                        next1 = _scale(scale_ptrs, first + PER + 1, N, S, BLOCK_M)
+                    if PER > 2:
+                        next2 = _scale(scale_ptrs, first + PER + 2, N, S, BLOCK_M)
+                        next3 = _scale(scale_ptrs, first + PER + 3, N, S, BLOCK_M)
             words = tl.load(word_ptrs)
             part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for plane in tl.static_range(4):
                 left = K - (g + u) * 128 - plane * 32
                 x = load_x(x_ptrs + plane * 32, left, j, K % 128 == 0)
-                if not HAS_ZERO:
+                if PAIRED is None:
                     codes = widen4(words, None, plane, dtype, FAST)
-                elif plane * PER < 4:
-                    codes = _plane(words, zero0, plane, dtype, FAST)
-                elif plane * PER < 8:
-                    codes = _plane(words, zero1, plane, dtype, FAST)
-                elif plane * PER < 12:
-                    codes = _plane(words, zero2, plane, dtype, FAST)
                 else:
-                    codes = _plane(words, zero3, plane, dtype, FAST)
+                    if plane * PER % 4 == 0:
+                        at = tl.minimum(first + plane * PER // 4, S - 1)
+                        pair = tl.load(scale_ptrs + at * N)
+                    codes = _plane(words, pair, plane, dtype, FAST)
                 part = tl.dot(codes, tl.trans(x.to(dtype)), part, input_precision="ieee")
                 if (plane + 1) * PER % 4 == 0:
-                    if plane * PER < 4:
+                    if PAIRED is not None:
+                        acc = tl.fma(part, _scale_in(pair, PAIRED, BLOCK_M), acc)
+                    elif plane * PER < 4:
                         acc = tl.fma(part, scale0, acc)
                     elif plane * PER < 8:
                         acc = tl.fma(part, scale1, acc)
@@ -111,13 +106,6 @@ def w4a16(
                     else:
                         acc = tl.fma(part, scale3, acc)
                     part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            if HAS_ZERO and S > 1:
-                zero0 = _zero(zero_ptrs, first + PER, N, S)
-                if PER > 1:
-                    zero1 = _zero(zero_ptrs, first + PER + 1, N, S)
-                if PER > 2:
-                    zero2 = _zero(zero_ptrs, first + PER + 2, N, S)
-                    zero3 = _zero(zero_ptrs, first + PER + 3, N, S)
             word_ptrs += N * 32
             x_ptrs += 128
     store_tile(acc, m, n, bias_ptr, residual_ptr, out_ptr, num_rows, N)

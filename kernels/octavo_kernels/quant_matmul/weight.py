@@ -43,18 +43,19 @@ class QuantWeight:
     data: [G, N, 128 or 64] bytes, laid out as the module says: e4m3 codes, int8 codes in two's
     complement, or 4-bit codes 0..15. scale: [S, R] floats where row s serves `group` elements of K
     (S = 1 and group = K for a scale per channel) and column r serves `rows` rows of the weight.
-    zero: [S, N] int16 in 0..16, int4 only; None means 8 (int16 for
-    the compiler's sake: a narrower operand makes it reorder K within the matrix unit). NaN is no e4m3 weight: kernels read 480.
+    An int4 weight has zero 8, unless `paired` (float16 or bfloat16): then scale is int32, a zero
+    point in 0..16 in its low half and the bits of a scale of that type in its high half.
+    NaN is no e4m3 weight: kernels read 480 in its place.
     """
 
     kind: Kind
     data: Tensor
     scale: Tensor
-    zero: Tensor | None
     n: int
     k: int
     group: int
     rows: int = 1
+    paired: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _PLANES:
@@ -66,11 +67,14 @@ class QuantWeight:
         if self.group not in groups:
             raise ValueError(f"{self.kind} scales serve {groups} elements of K, got {self.group}")
         num_scales = -(-self.k // self.group)
-        _require("scale", self.scale, _FLOATS, (num_scales, -(-self.n // self.rows)))
-        if self.zero is not None:
-            if self.kind != "int4":
-                raise ValueError(f"{self.kind} weights have no zero points")
-            _require("zero", self.zero, (torch.int16,), (num_scales, self.n))
+        types = _FLOATS if self.paired is None else (torch.int32,)
+        _require("scale", self.scale, types, (num_scales, -(-self.n // self.rows)))
+        halves = (torch.float16, torch.bfloat16)
+        if self.paired is not None and (self.kind != "int4" or self.paired not in halves):
+            raise ValueError(
+                f"zero points go with int4 codes and scales of {halves}, got {self.kind} and"
+                f" {self.paired}"
+            )
 
     @property
     def is_grouped(self) -> bool:
@@ -80,8 +84,7 @@ class QuantWeight:
     @property
     def num_bytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        parts = [self.data, self.scale] + ([] if self.zero is None else [self.zero])
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.numel() * part.element_size() for part in (self.data, self.scale))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,7 +136,8 @@ def pack_codes(
     """A weight from codes [N, K] (e4m3, int8, or uint8 0..15), as checkpoints hold them.
 
     scale: [ceil(N / rows), S] or [N], any float type (8-bit weights keep float32, 4-bit ones the
-    type given); zero: [N, S] integers in 0..16; S = ceil(K / group), group = K where none is given.
+    type given, which must have 16 bits where zero points are); zero: [N, S] integers in 0..16;
+    S = ceil(K / group), group = K where none is given.
     Raises ValueError for other shapes or types.
     """
     wanted = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
@@ -147,15 +151,25 @@ def pack_codes(
     whole = codes.new_empty((n, -(-k // GROUP) * GROUP), dtype=torch.uint8).fill_(fill)
     whole[:, :k] = codes.view(torch.uint8)
     scale = scale[:, None] if scale.dim() == 1 else scale
+    scale = (scale if kind == "int4" else scale.float()).t().contiguous()
+    paired = None if zero is None else scale.dtype
+    if zero is not None:
+        if zero.shape != (n, scale.shape[0]) or scale.element_size() != 2:
+            raise ValueError(
+                f"zero points [N, S] go with scales of 16 bits of that shape, got"
+                f" {list(zero.shape)} and {scale.dtype} {list(scale.t().shape)}"
+            )
+        scale = zero.to(torch.int32).t() | scale.view(torch.int16).to(torch.int32) << 16
+        scale = scale.contiguous()
     return QuantWeight(
         kind=kind,
         data=interleave(whole, kind).transpose(0, 1).contiguous(),
-        scale=(scale if kind == "int4" else scale.float()).t().contiguous(),
-        zero=None if zero is None else zero.to(torch.int16).t().contiguous(),
+        scale=scale,
         n=n,
         k=k,
         group=k if group is None else group,
         rows=rows,
+        paired=paired,
     )
 
 
