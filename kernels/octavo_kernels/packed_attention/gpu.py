@@ -11,6 +11,7 @@ from octavo_kernels.paged_attention.gpu_plan import padded
 from octavo_kernels.tuning import choose
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64  # query heads of a kv head
 
@@ -50,7 +51,7 @@ def packed_attention(
             f"out must be contiguous {q.dtype} {tuple(q.shape)}, got {out.dtype} {tuple(out.shape)}"
         )
     name = prefill.key(head_dim, q.dtype, k.dtype)
-    choice = choose("packed_attention", name, prefill.default(q.dtype))
+    choice = choose("packed_attention", name, prefill.default(head_dim, q.dtype))
     block_m = choice["block_m"]
     block_q = block_m // (num_heads // num_kv_heads)
     launch(
@@ -79,7 +80,11 @@ def _check_tokens(
         )
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
-    if num_kv_heads < 1 or num_heads % num_kv_heads or not 1 <= num_heads <= 64 * num_kv_heads:
+    if (
+        num_kv_heads < 1
+        or num_heads % num_kv_heads
+        or not 1 <= num_heads <= MAX_GROUP * num_kv_heads
+    ):
         raise ValueError(
             f"query heads must be 1 to {MAX_GROUP} times the {num_kv_heads} kv heads, got "
             f"{num_heads}"
@@ -90,13 +95,10 @@ def _check_tokens(
         )
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be one of {[str(d) for d in DTYPES]}, got {q.dtype}")
-    has_scales = k_scale is not None and v_scale is not None
-    is_fp8 = k.dtype == torch.float8_e4m3fn
-    if k.dtype != v.dtype or not (k.dtype == q.dtype or (is_fp8 and has_scales)):
-        raise ValueError(
-            f"k and v must be {q.dtype}, or float8_e4m3fn with k_scale and v_scale, got {k.dtype} "
-            f"and {v.dtype}"
-        )
+    if k.dtype != v.dtype or k.dtype not in (q.dtype, FP8):
+        raise ValueError(f"k and v must be {q.dtype} like q or {FP8}, got {k.dtype} and {v.dtype}")
+    if k.dtype != FP8 and (k_scale is not None or v_scale is not None):
+        raise ValueError(f"k_scale and v_scale need {FP8} keys and values, got {k.dtype}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(2) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != head_dim):
             raise ValueError(f"{name} must have dense heads, got strides {tensor.stride()}")

@@ -51,7 +51,8 @@ def attend_prefill(
     capacity, num_heads, head_dim = plan.tiles.shape[0], plan.num_heads, plan.head_dim
     group = num_heads // plan.num_kv_heads
     if choice is None:
-        choice = choose("paged_prefill", key(head_dim, q.dtype, k_cache.dtype), default(q.dtype))
+        name = key(head_dim, q.dtype, k_cache.dtype)
+        choice = choose("paged_prefill", name, default(head_dim, q.dtype))
     block_m = choice["block_m"] if group <= choice["block_m"] else 128
     pieces = -(-plan.block_q // (block_m // group))
     launch(
@@ -74,17 +75,17 @@ def key(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> str:
     return f"h{head_dim}-{_NAMES[dtype]}-{_NAMES[cache_dtype]}"
 
 
-def default(dtype: torch.dtype) -> Choice:
+def default(head_dim: int, dtype: torch.dtype) -> Choice:
     """Choices where nothing was measured."""
-    return candidates(dtype)[0]
+    return candidates(head_dim, dtype)[0]
 
 
-def candidates(dtype: torch.dtype) -> tuple[Choice, ...]:
+def candidates(head_dim: int, dtype: torch.dtype) -> tuple[Choice, ...]:
     """Choices with the same bits: every row lies whole in one warp (16 rows a warp at least)."""
     if dtype == torch.float32:  # no tensor cores: the layout, so the bits, follow the tile
         return ({"block_m": 64, "num_warps": 4, "num_stages": 1},)
     return tuple(
         {"block_m": rows, "num_warps": warps, "num_stages": stages}
         for rows, warps in ((128, 8), (64, 4))
-        for stages in (2, 3)
+        for stages in ((2, 3) if head_dim <= 128 else (2,))  # what shared memory holds
     )

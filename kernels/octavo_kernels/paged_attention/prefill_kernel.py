@@ -52,9 +52,12 @@ def _sweep(
     span, max_blocks, num_blocks,
     K: tl.constexpr, H: tl.constexpr, KV_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, PARTITION: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, MASKED: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FOLDS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Runs rows over key tiles; returns the sums of the open partition and of those before it."""
+    """Runs rows over key tiles; returns the sums of the open partition and of those before it.
+
+    Without FOLDS the tiles lie in one partition.
+    """
     HP: tl.constexpr = q.shape[1]
     d = tl.arange(0, HP)
     factor = softmax_scale(scale, slopes_ptr, rel_bias_ptr, SOFT_CAP)
@@ -62,11 +65,12 @@ def _sweep(
     if table_ptr is not None:
         ids = block_ids(table_ptr, first, max_blocks, num_blocks, BLOCK, TILE)
     for tile in tl.range(first, last):
-        if tile % (PARTITION // TILE) == 0:
-            m_done, l_done, acc_done = merge(m_done, l_done, acc_done, m, l, acc)
-            m = tl.full(m.shape, float("-inf"), tl.float32)
-            l = tl.zeros(l.shape, tl.float32)
-            acc = tl.zeros(acc.shape, tl.float32)
+        if FOLDS:
+            if tile % (PARTITION // TILE) == 0:
+                m_done, l_done, acc_done = merge(m_done, l_done, acc_done, m, l, acc)
+                m = tl.full(m.shape, float("-inf"), tl.float32)
+                l = tl.zeros(l.shape, tl.float32)
+                acc = tl.zeros(acc.shape, tl.float32)
         k_pos = tile * TILE + tl.arange(0, TILE)
         if table_ptr is not None:
             offsets = key_offsets(ids, tile, K, H, BLOCK, TILE)
@@ -103,7 +107,7 @@ def _sweep(
 
 
 @triton.jit
-def _key_range(p0, p1, seq_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def key_range(p0, p1, seq_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Of positions p0..p1: keys [lo, hi) that any of them sees and [all_lo, all_hi) that all see."""
     lo, all_lo, hi, all_hi = 0, 0, seq_len, seq_len
     if WINDOW > 0:
@@ -113,6 +117,39 @@ def _key_range(p0, p1, seq_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     elif WINDOW > 0:
         hi, all_hi = tl.minimum(p1 + WINDOW, seq_len), tl.minimum(p0 + WINDOW, seq_len)
     return lo, tl.maximum(hi, 0), all_lo, tl.maximum(all_hi, 0)
+
+
+@triton.jit
+def attend_range(
+    lo, hi,  # keys that any row sees
+    all_lo, all_hi,  # keys that all rows see
+    q, q_pos, heads, scale, k_ptr, v_ptr, table_ptr, slopes_ptr, rel_bias_ptr, span, max_blocks,
+    num_blocks,
+    K: tl.constexpr, H: tl.constexpr, KV_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, PARTITION: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FOLDS: tl.constexpr,
+):  # fmt: skip
+    """m, l, acc of rows over keys [lo, hi), all partitions folded; arguments as in `_sweep`."""
+    first, last = lo // TILE, tl.cdiv(hi, TILE)
+    full = tl.minimum(tl.maximum(tl.cdiv(all_lo, TILE), first), last)
+    edge = tl.minimum(tl.maximum(all_hi // TILE, full), last)
+    m = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    l = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros(q.shape, tl.float32)
+    m_done, l_done, acc_done = m, l, acc
+    for phase in tl.static_range(3):  # masked tiles of the window's old edge, full, masked
+        if phase != 0 or WINDOW > 0:
+            begin = (first, full, edge)[phase]
+            end = (full, edge, last)[phase]
+            m, l, acc, m_done, l_done, acc_done = _sweep(
+                begin, end, q, m, l, acc, m_done, l_done, acc_done, q_pos, heads, lo, hi, scale,
+                k_ptr, v_ptr, table_ptr, slopes_ptr, rel_bias_ptr, span, max_blocks, num_blocks,
+                K, H, KV_STRIDE, BLOCK, TILE, PARTITION, CAUSAL, WINDOW, SOFT_CAP, FOLDS,
+                phase != 1,
+            )  # fmt: skip
+    if FOLDS:
+        m, l, acc = merge(m_done, l_done, acc_done, m, l, acc)
+    return m, l, acc
 
 
 @jit
@@ -178,26 +215,13 @@ def attend(
     rows = (start + tokens).to(tl.int64)[:, None]
     q = tl.load(q_ptr + rows * Q_STRIDE + heads[:, None] * H + d[None, :], mask=live, other=0.0)
 
-    lo, hi, all_lo, all_hi = _key_range(shift + token, shift + last_token, seq_len, CAUSAL, WINDOW)
-    first, last = lo // TILE, tl.cdiv(hi, TILE)
-    full = tl.minimum(tl.maximum(tl.cdiv(all_lo, TILE), first), last)
-    edge = tl.minimum(tl.maximum(all_hi // TILE, full), last)
+    lo, hi, all_lo, all_hi = key_range(shift + token, shift + last_token, seq_len, CAUSAL, WINDOW)
     scale = logit_scale(scale, k_scale_ptr, kv_head)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HP], tl.float32)
-    m_done, l_done, acc_done = m, l, acc
-    for phase in tl.static_range(3):  # masked tiles of the window's old edge, full, masked
-        if phase != 0 or WINDOW > 0:
-            begin = (first, full, edge)[phase]
-            end = (full, edge, last)[phase]
-            m, l, acc, m_done, l_done, acc_done = _sweep(
-                begin, end, q, m, l, acc, m_done, l_done, acc_done, q_pos, heads, lo, hi, scale,
-                k_ptr + key_base, v_ptr + key_base, table_ptr, slopes_ptr, rel_bias_ptr, span,
-                max_blocks, num_blocks, K, H, KV_STRIDE, BLOCK, TILE, PARTITION, CAUSAL, WINDOW,
-                SOFT_CAP, phase != 1,
-            )  # fmt: skip
-    m, l, acc = merge(m_done, l_done, acc_done, m, l, acc)
+    m, l, acc = attend_range(
+        lo, hi, all_lo, all_hi, q, q_pos, heads, scale, k_ptr + key_base, v_ptr + key_base,
+        table_ptr, slopes_ptr, rel_bias_ptr, span, max_blocks, num_blocks, K, H, KV_STRIDE, BLOCK,
+        TILE, PARTITION, CAUSAL, WINDOW, SOFT_CAP, True,
+    )  # fmt: skip
     acc = finish(m, l, acc, heads, kv_head, sinks_ptr, v_scale_ptr)
     where = rows * (N * H) + heads[:, None] * H + d[None, :]
     tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=live)
