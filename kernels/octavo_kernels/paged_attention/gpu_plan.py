@@ -23,6 +23,7 @@ from octavo_kernels.tuning import Choice, choose
 DECODE_ROWS = 64  # rows of the decode kernel's tile
 PREFILL_ROWS = 128  # rows of a prefill tile, heads included
 _MAX_PARTIAL_ROWS = 1 << 17
+_INTERPRETED = 3  # multiprocessors of Triton's interpreter
 _SHARED_BYTES = 224 << 10
 _CHUNK = 32  # programs, or prefill tiles, that one program of the plan kernel places
 
@@ -131,7 +132,8 @@ def make_plan(
         capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens)
     num_programs = 0
     if rows_bound and num_requests:
-        num_programs = _processors() * decode_choice(head_dim, cache_dtype)["per_sm"]
+        num_programs = decode_choice(head_dim, cache_dtype)["per_sm"]
+        num_programs *= _INTERPRETED if seq_lens.device.type == "cpu" else _processors()
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=seq_lens.device)
