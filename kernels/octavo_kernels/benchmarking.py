@@ -86,9 +86,19 @@ class Captured:
             self._capture(list(calls) * rounds)
 
     def _capture(self, calls: Sequence[Callable[[], Any]]) -> float:
-        with torch.cuda.graph(self._graph):
-            for call in calls:
-                call()
+        # By hand: torch.cuda.graph() also collects garbage and empties the allocator's cache, which
+        # takes longer than a tuner's timing.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Another thread may allocate meanwhile.
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for call in calls:
+                    call()
+            finally:
+                self._graph.capture_end()
+        torch.cuda.synchronize()
         self.seconds()  # the first replay uploads the graph
         return self.seconds() * self.num_calls
 

@@ -1,6 +1,6 @@
 """Measures launch choices on this GPU and keeps the best in `tuned/<kind>.json`; knows no op.
 
-    python -m octavo_kernels.tune [--op NAME ...] [--seconds N] [--out FILE] [--log FILE]
+    python -m octavo_kernels.tune [--op NAME ...] [--key TEXT] [--seconds N] [--out FILE]
 
 Candidates come from every `<op>/tunable.py`. Those that do not compile or launch, and those whose
 bits differ from the first one's, are dropped: a choice may never change bits. Entries that are not
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from octavo_kernels.testing import same_bits
 from octavo_kernels.tuning import Choice, Tunable, gpu_kind
 
 _TABLES = Path(__file__).parent / "tuned"
-_COMPILE_SHARE = 0.5  # of the time given
+_CHUNK = 400  # candidates that are compiled together
 _FINALISTS = 4
 _FIRST_S, _FINAL_S = 0.02, 0.25  # replays of one candidate, of all finalists of a key
 _L2_TIMES = 3  # rotated inputs are this much larger than the L2 cache
@@ -98,7 +99,11 @@ def launches_of(tunable: Tunable, key: str, choice: Choice) -> list[Launch]:
 
 
 def compile_candidates(
-    todo: Sequence[tuple[Tunable, str, Choice]], *, capability: int, seconds: float
+    todo: Sequence[tuple[Tunable, str, Choice]],
+    *,
+    capability: int,
+    seconds: float,
+    processes: int | None = None,
 ) -> list[Trial]:
     """Fills the disk cache, several processes at once; the candidates that cannot be compiled."""
     owners: list[tuple[Tunable, str, Choice]] = []
@@ -115,7 +120,7 @@ def compile_candidates(
         seen |= set(new)
         owners += [(tunable, key, choice)] * len(new)
         launches += new.values()
-    failed = compile_all(launches, capability=capability, seconds=seconds)
+    failed = compile_all(launches, capability=capability, seconds=seconds, processes=processes)
     for index, why in failed.items():
         dropped.append(_trial(*owners[index], dropped=why))
     return dropped
@@ -171,7 +176,9 @@ def measure(tunable: Tunable, key: str, choices: Iterable[Choice]) -> list[Trial
             trials.append(_trial(tunable, key, choice, dropped=why))
         finally:
             calls = []
-    return _finals(tunable, key, trials)
+    trials = _finals(tunable, key, trials)
+    torch.cuda.empty_cache()  # every graph had a pool of its own
+    return trials
 
 
 def _raise_if_broken(error: Exception) -> None:
@@ -287,6 +294,7 @@ def _say_result(trials: Sequence[Trial], default: Choice) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m octavo_kernels.tune")
     parser.add_argument("--op", nargs="*", default=(), help="only these")
+    parser.add_argument("--key", default="", help="only keys that contain this")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after about so long")
     parser.add_argument("--out", type=Path, help="the table (default: tuned/<kind>.json)")
     parser.add_argument("--log", type=Path, help="every timing, one JSON object a line")
@@ -294,36 +302,64 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def chunks(todo: Sequence[tuple[Tunable, str]]) -> list[list[tuple[Tunable, str]]]:
+    """Keys in order, in groups of about as many candidates as are worth a round of processes."""
+    found: list[list[tuple[Tunable, str]]] = []
+    size = _CHUNK
+    for tunable, key in todo:
+        if size >= _CHUNK:
+            found.append([])
+            size = 0
+        found[-1].append((tunable, key))
+        size += len(list(tunable.candidates(key)))
+    return found
+
+
+def _compile_chunk(chunk: Sequence[tuple[Tunable, str]], deadline: float) -> list[Trial]:
+    """The dropped candidates of a chunk; two cores are left to whoever measures meanwhile."""
+    major, minor = torch.cuda.get_device_capability()
+    return compile_candidates(
+        [(tunable, key, choice) for tunable, key in chunk for choice in tunable.candidates(key)],
+        capability=10 * major + minor,
+        processes=max(1, len(os.sched_getaffinity(0)) - 2),
+        seconds=deadline - time.monotonic(),
+    )
+
+
 def _tune(todo: Sequence[tuple[Tunable, str]], arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + arguments.seconds
-    major, minor = torch.cuda.get_device_capability()
-    candidates = [(t, key, choice) for t, key in todo for choice in t.candidates(key)]
-    dropped = compile_candidates(
-        candidates, capability=10 * major + minor, seconds=arguments.seconds * _COMPILE_SHARE
-    )
     out = arguments.out or _TABLES / f"{gpu_kind()}.json"
-    _say(f"{len(candidates)} candidates, {len(dropped)} do not compile; the table is {out}")
-    is_out = {(trial.op, trial.key, str(trial.choice)) for trial in dropped}
-    trials = list(dropped)
     late = 0
-    for tunable, key in todo:
-        if time.monotonic() > deadline:
-            late += 1
-            continue
-        choices = [dict(choice) for choice in tunable.candidates(key)]
-        found = measure(
-            tunable, key, [c for c in choices if (tunable.op, key, str(c)) not in is_out]
-        )
-        _say_result(found, choices[0])
-        trials += found
-        write_table(out, trials)  # after every key: what comes later may end the process
-        if arguments.log:
-            _log(arguments.log, found)
-    if arguments.log:
-        _log(arguments.log, dropped)
+    trials: list[Trial] = []
+    groups = chunks(todo)
+    with ThreadPoolExecutor(1) as background:
+        # Each group is compiled while the one before it is measured.
+        compiled = background.submit(_compile_chunk, groups[0], deadline)
+        for index, group in enumerate(groups):
+            dropped = compiled.result()
+            if index + 1 < len(groups):
+                compiled = background.submit(_compile_chunk, groups[index + 1], deadline)
+            for tunable, key in group:
+                gone = [t for t in dropped if (t.op, t.key) == (tunable.op, key)]
+                late += time.monotonic() > deadline
+                if time.monotonic() > deadline:
+                    continue
+                trials += _tune_key(tunable, key, gone, arguments.log)
+                write_table(out, trials)  # after every key: what comes later may end the process
+    _say(f"the table is {out}")
     if late:
-        _say(f"no time was left for {late} of {len(todo)} keys: run again with --op or --seconds")
+        _say(f"no time was left for {late} of {len(todo)} keys: narrow it with --op or --key")
     return 0
+
+
+def _tune_key(tunable: Tunable, key: str, gone: list[Trial], log: Path | None) -> list[Trial]:
+    choices = [dict(choice) for choice in tunable.candidates(key)]
+    is_gone = [trial.choice for trial in gone]
+    found = gone + measure(tunable, key, [c for c in choices if c not in is_gone])
+    _say_result(found, choices[0])
+    if log:
+        _log(log, found)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = tunables(arguments.op)
     except ValueError as error:
         parser.error(str(error))
-    todo = [(tunable, key) for tunable in found for key in tunable.keys]
+    todo = [(t, key) for t in found for key in t.keys if arguments.key in key]
     if arguments.compile:
         candidates = [(t, key, choice) for t, key in todo for choice in t.candidates(key)]
         dropped = compile_candidates(
@@ -348,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("no CUDA device: nothing can be measured (--compile 90 compiles without one)")
         return 2
     if not todo:
-        _say("no op has a tunable.py")
+        _say("nothing to tune: no key fits")
         return 2
     return _tune(todo, arguments)
 

@@ -135,6 +135,63 @@ def test_nothing_is_measured_without_a_gpu(capsys: pytest.CaptureFixture[str]) -
     assert "no CUDA device" in capsys.readouterr().out
 
 
+def test_keys_are_compiled_in_groups() -> None:
+    def tunable(op: str, count: int) -> Tunable:
+        return Tunable(
+            op=op,
+            keys=("a", "b", "c"),
+            candidates=lambda _: [{"size": size} for size in range(count)],
+            make=lambda key, choice: lambda: None,
+        )
+
+    todo = [(t, key) for t in (tunable("x", 150), tunable("y", 500)) for key in t.keys]
+    groups = [[(t.op, key) for t, key in group] for group in tune.chunks(todo)]
+    assert groups == [
+        [("x", "a"), ("x", "b"), ("x", "c")],
+        [("y", "a")],
+        [("y", "b")],
+        [("y", "c")],
+    ]
+
+
+def test_a_run_keeps_each_key_as_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = [{"size": 1}, {"size": 2}, {"size": 4}]
+    fake = Tunable(
+        op="op",
+        keys=("a 1", "b 1", "b 2"),
+        candidates=lambda _: choices,
+        make=lambda key, choice: lambda: None,
+    )
+    measured: list[tuple[str, list[Any]]] = []
+
+    def measure(tunable: Tunable, key: str, left: Any) -> list[Trial]:
+        measured.append((key, list(left)))
+        if key == "b 2":
+            raise RuntimeError("the GPU is gone")
+        return [trial(key, choice["size"], 10.0 / choice["size"]) for choice in left]
+
+    monkeypatch.setattr(tune, "tunables", lambda names: [fake])
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "_compile_chunk", lambda chunk, deadline: [trial("a 1", 4, None)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    out, log = tmp_path / "h100.json", tmp_path / "log.jsonl"
+    arguments = ["--out", str(out), "--log", str(log)]
+    with pytest.raises(RuntimeError, match="gone"):
+        tune.main(arguments)
+    assert measured == [("a 1", choices[:2]), ("b 1", choices), ("b 2", choices)]
+    kept = {"op": {"a 1": {"size": 2}, "b 1": {"size": 4}}}
+    assert json.loads(out.read_text())["choices"] == kept
+    assert len(log.read_text().splitlines()) == 6
+    assert "op a 1: 5.0 us (default 10.0), 2 of 3 ran" in capsys.readouterr().out
+    assert tune.main([*arguments, "--key", "b", "--seconds", "0"]) == 0
+    assert "no time was left for 2 of 2 keys" in capsys.readouterr().out
+    assert json.loads(out.read_text())["choices"] == kept
+    assert tune.main([*arguments, "--key", "z"]) == 2
+
+
 def adding(choice_of: Callable[[int], int]) -> Tunable:
     """x + 0 by torch; a choice of 3 fails, and one that choice_of changes gives other bits."""
 
