@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from octavo_kernels.sampling.reference import (
     sample_reference,
     topn_logprobs_reference,
 )
+
+if TYPE_CHECKING:
+    from octavo_kernels.sampling.gpu import GpuWorkspace
+    from octavo_kernels.sampling.gpu_params import GpuLogitParams
 
 __all__ = [
     "ALL_FORBIDDEN",
@@ -106,7 +111,7 @@ class TopLogprobs:
 
 
 def _check_logits(op: str, logits: Tensor) -> None:
-    require_device(op, logits)
+    require_device(op, logits, have=("cpu", "cuda"))
     if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.is_contiguous():
         raise ValueError(f"{op} takes contiguous float32 [S, V], got {logits.dtype} {logits.shape}")
 
@@ -127,7 +132,7 @@ def sample(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
-    workspace: Workspace | None = None,
+    workspace: Workspace | GpuWorkspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token per row: (tokens [S] int64, status [S] int32).
 
@@ -136,7 +141,22 @@ def sample(
     logit. Otherwise min_p, top_k (0 = none) and top_p filter the tokens at that temperature, and
     the draw depends on the row's logits, seed and position only. Status is OK, NON_FINITE (NaN or
     +inf present) or ALL_FORBIDDEN (every logit is -inf); tokens of failed rows are -1.
+    On a GPU also bfloat16 and float16 logits; the same tokens, as no result hangs on the device.
     """
+    if logits.is_cuda:
+        from octavo_kernels.sampling import gpu  # here: an installation for the CPU has no Triton
+
+        assert workspace is None or not isinstance(workspace, Workspace)
+        return gpu.sample(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            positions=positions,
+            workspace=workspace,
+        )
     _check_logits("sample", logits)
     num_rows, vocab_size = logits.shape
     floats = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
@@ -147,7 +167,7 @@ def sample(
     _check_column("sample", "positions", positions, torch.int64, num_rows)
     if workspace is None:
         workspace = Workspace.create(vocab_size)
-    assert workspace.vocab_size == vocab_size
+    assert isinstance(workspace, Workspace) and workspace.vocab_size == vocab_size
     tokens = torch.empty(num_rows, dtype=torch.int64)
     status = torch.empty(num_rows, dtype=torch.int32)
     cpu.sample_rows(
@@ -172,7 +192,7 @@ def sample(
 def apply_logit_params(
     logits: Tensor,
     *,
-    params: LogitParams,
+    params: LogitParams | GpuLogitParams,
     rows: Tensor,
     slots: Tensor,
     workspace: Workspace | None = None,
@@ -181,8 +201,17 @@ def apply_logit_params(
 
     rows, slots: [L] int32; no row twice. In order: allowed ids, bad words, minimum length and
     bias; then repetition penalty (over prompt and output), frequency and presence penalties (over
-    output).
+    output). On a GPU params are tables that live there (`octavo_kernels.sampling.gpu_params`).
     """
+    if logits.is_cuda:
+        from octavo_kernels.sampling import gpu_params  # here: Triton, as above
+
+        if isinstance(params, LogitParams):
+            raise ValueError("apply_logit_params on a GPU takes GpuLogitParams, got LogitParams")
+        gpu_params.apply_logit_params(logits, params=params, rows=rows, slots=slots)
+        return
+    if not isinstance(params, LogitParams):
+        raise ValueError("apply_logit_params on a CPU takes LogitParams, got GpuLogitParams")
     _check_logits("apply_logit_params", logits)
     num_rows, vocab_size = logits.shape
     _check_column("apply_logit_params", "rows", rows, torch.int32, rows.shape[0])
@@ -209,9 +238,13 @@ def apply_logit_params(
 def topn_logprobs(logits: Tensor, *, chosen: Tensor, num_best: int) -> TopLogprobs:
     """Log-softmax scores of logits [S, V] float32: of chosen [S] int64 and the num_best tokens.
 
-    Nothing of size [S, V] is made. Raises ValueError where num_best is negative or above V, or a
-    chosen token is outside the vocabulary.
+    Nothing of size [S, V] is made. Raises ValueError where num_best is negative or above V, or
+    (on the CPU) a chosen token is outside the vocabulary.
     """
+    if logits.is_cuda:
+        from octavo_kernels.sampling import gpu  # here: Triton, as above
+
+        return gpu.topn_logprobs(logits, chosen=chosen, num_best=num_best)
     _check_logits("topn_logprobs", logits)
     num_rows, vocab_size = logits.shape
     _check_column("topn_logprobs", "chosen", chosen, torch.int64, num_rows)

@@ -1,0 +1,328 @@
+"""Triton kernels that draw tokens from logits. Know rows, subtiles and one row's numbers.
+
+`survey` reads all logits once: each subtile's peak and, for rows that race over everything, a
+bound of what its tokens can score. `weigh` sums the weights of rows whose top_p has no top_k
+before it. `cut` finds a row's least kept key among few gathered candidates. `draw` races: a
+token's score is its weight over its draw. Sums are of integers, hence exact in any order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo_kernels.launch import jit
+from octavo_kernels.sampling.gpu_numbers_kernel import (
+    MAX_KEY,
+    MIN_KEY,
+    NO_KEY,
+    SUB,
+    fixed_point,
+    key_value,
+    lists_candidates,
+    order_key,
+    philox,
+    row_noise,
+    weight,
+)
+
+NEVER = tl.constexpr(float("-inf"))
+STEEP = tl.constexpr(1e30)  # a scale above which scores are not bounded, as they might overflow
+
+
+@triton.jit
+def _load_sub(logits_ptr, row, blocks, word: tl.constexpr, VOCAB: tl.constexpr):
+    """Subtile `word` of each block of 1024 tokens: [blocks, 256] float32, -inf past the end."""
+    token = blocks[:, None] * 1024 + word * SUB + tl.arange(0, SUB)[None, :]
+    at = logits_ptr + row * VOCAB + token
+    return tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
+
+
+@triton.jit
+def _bound(x, bits, scale):
+    """log2 of a score, or up to 0.09 above it if the score is a likely winner's.
+
+    A draw is at least 1 - u, and the bits of a float, read as an integer, never lie above its
+    logarithm on a scale of 2^23.
+    """
+    rest = (bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5  # (1 - u) * 2^32
+    low = (rest.to(tl.int32, bitcast=True) >> 8) | 0x4B000000  # the integer above 2^23
+    low = low.to(tl.float32, bitcast=True)
+    high = tl.fma(low, -3.0517578125e-05, x * scale + 415.0)
+    high = tl.where(scale > STEEP, float("inf"), high)
+    return tl.max(tl.where(x == NEVER, NEVER, high), 1)
+
+
+@jit
+def survey(
+    logits_ptr,  # [S, V]
+    temperature_ptr,  # [S] float32
+    top_k_ptr,  # [S] int32
+    seeds_ptr,  # [S] int64
+    positions_ptr,  # [S] int64
+    peaks_ptr,  # [S, NUM_SUBS] int32, out: order keys
+    bounds_ptr,  # [S, NUM_SUBS] float32, out, for rows that race over all tokens
+    VOCAB: tl.constexpr,
+    NUM_SUBS: tl.constexpr,
+    GROUP: tl.constexpr,  # blocks of 1024 tokens of a program
+    NUM_TILES: tl.constexpr,
+    DRAWS: tl.constexpr,
+):
+    # grid: (S * NUM_TILES,)
+    row = (tl.program_id(0) // NUM_TILES).to(tl.int64)
+    blocks = (tl.program_id(0) % NUM_TILES) * GROUP + tl.arange(0, GROUP)
+    x0 = _load_sub(logits_ptr, row, blocks, 0, VOCAB)
+    x1 = _load_sub(logits_ptr, row, blocks, 1, VOCAB)
+    x2 = _load_sub(logits_ptr, row, blocks, 2, VOCAB)
+    x3 = _load_sub(logits_ptr, row, blocks, 3, VOCAB)
+    subs = blocks * 4
+    at = peaks_ptr + row * NUM_SUBS + subs
+    tl.store(at, tl.max(order_key(x0), 1), mask=subs < NUM_SUBS)
+    tl.store(at + 1, tl.max(order_key(x1), 1), mask=subs + 1 < NUM_SUBS)
+    tl.store(at + 2, tl.max(order_key(x2), 1), mask=subs + 2 < NUM_SUBS)
+    tl.store(at + 3, tl.max(order_key(x3), 1), mask=subs + 3 < NUM_SUBS)
+    if DRAWS:
+        temperature = tl.load(temperature_ptr + row)
+        listed = lists_candidates(tl.load(top_k_ptr + row), NUM_SUBS, VOCAB)
+        if (temperature > 0.0) & (listed == 0):
+            scale = 1.4426950408889634 / temperature
+            c2, c3, k0, k1 = row_noise(seeds_ptr, positions_ptr, row)
+            counter = (blocks[:, None] * SUB + tl.arange(0, SUB)[None, :]).to(tl.uint32)
+            w0, w1, w2, w3 = philox(counter, c2, c3, k0, k1)
+            to = bounds_ptr + row * NUM_SUBS + subs
+            tl.store(to, _bound(x0, w0, scale), mask=subs < NUM_SUBS)
+            tl.store(to + 1, _bound(x1, w1, scale), mask=subs + 1 < NUM_SUBS)
+            tl.store(to + 2, _bound(x2, w2, scale), mask=subs + 2 < NUM_SUBS)
+            tl.store(to + 3, _bound(x3, w3, scale), mask=subs + 3 < NUM_SUBS)
+
+
+@triton.jit
+def load_peaks(peaks_ptr, row, NUM_SUBS: tl.constexpr, SUBS_PAD: tl.constexpr):
+    """[SUBS_PAD] peaks of a row, NO_KEY past the end."""
+    subs = tl.arange(0, SUBS_PAD)
+    return tl.load(peaks_ptr + row * NUM_SUBS + subs, mask=subs < NUM_SUBS, other=NO_KEY)
+
+
+@jit
+def weigh(
+    logits_ptr,  # [S, V]
+    temperature_ptr,  # [S] float32
+    top_k_ptr,  # [S] int32
+    top_p_ptr,  # [S] float32
+    min_p_ptr,  # [S] float32
+    peaks_ptr,  # [S, NUM_SUBS] int32
+    masses_ptr,  # [S, NUM_TILES] int64, out, for rows with top_p and without top_k
+    VOCAB: tl.constexpr,
+    NUM_SUBS: tl.constexpr,
+    SUBS_PAD: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # grid: (S * NUM_TILES,)
+    row = (tl.program_id(0) // NUM_TILES).to(tl.int64)
+    tile = tl.program_id(0) % NUM_TILES
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    has_k = (top_k > 0) & (top_k < VOCAB)
+    most = tl.max(load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD), 0)
+    wanted = (temperature > 0.0) & (tl.load(top_p_ptr + row) < 1.0) & (has_k == 0)
+    if wanted & (most < MAX_KEY) & (most > MIN_KEY):
+        token = tile * TILE + tl.arange(0, TILE)
+        at = logits_ptr + row * VOCAB + token
+        x = tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
+        w = weight(x, key_value(most), temperature)
+        mass = tl.where(w >= tl.load(min_p_ptr + row), fixed_point(w), 0)
+        tl.store(masses_ptr + row * NUM_TILES + tile, tl.sum(mass, 0))
+
+
+@triton.jit
+def _peaks_bound(peaks, k, most):
+    """A key that at least k subtiles, hence k tokens, reach; near the greatest such."""
+    low = tl.min(tl.where(peaks == NO_KEY, most, peaks), 0).to(tl.int64)
+    high = most.to(tl.int64)
+    for _ in range(16):
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum((peaks >= middle).to(tl.int32), 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, tl.maximum(middle - 1, low))
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _gather(
+    row_ptr,
+    subs_ptr,
+    values_ptr,
+    ids_ptr,
+    peaks,
+    cut_key,
+    cut_weight,
+    peak,
+    temperature,
+    VOCAB: tl.constexpr,
+    SUBS_PAD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Lists, by ascending id, the tokens at or above both cuts; their number, if all fit."""
+    # Weights may fall by an ulp where keys rise, hence the slack.
+    tops = key_value(tl.maximum(peaks, MIN_KEY))
+    reach = weight(tops, peak, temperature) >= cut_weight * 0.999
+    kept = ((peaks >= cut_key) & (peaks != NO_KEY) & reach).to(tl.int32)
+    tl.store(subs_ptr + tl.cumsum(kept, 0) - 1, tl.arange(0, SUBS_PAD), mask=kept != 0)
+    num_subs = tl.sum(kept, 0)
+    tl.debug_barrier()
+    lanes = tl.arange(0, GROUP * SUB)
+    count = num_subs * 0
+    start = num_subs * 0
+    while (start < num_subs) & (count <= CAPACITY):
+        place = start + lanes // SUB
+        sub = tl.load(subs_ptr + place, mask=place < num_subs, other=0)
+        token = sub * SUB + lanes % SUB
+        real = (place < num_subs) & (token < VOCAB)
+        raw = tl.load(row_ptr + token, mask=real, other=NEVER)
+        x = raw.to(tl.float32)
+        stays = real & (order_key(x) >= cut_key) & (weight(x, peak, temperature) >= cut_weight)
+        ones = stays.to(tl.int32)
+        to = count + tl.cumsum(ones, 0) - 1
+        fits = stays & (to < CAPACITY)
+        tl.store(values_ptr + to, raw, mask=fits)
+        tl.store(ids_ptr + to, token, mask=fits)
+        count += tl.sum(ones, 0)
+        start += GROUP
+    tl.debug_barrier()
+    return tl.where(count <= CAPACITY, count, -1)
+
+
+@triton.jit
+def _mass_above(source_ptr, count, cut_key, cut_weight, peak, temperature, BLOCK: tl.constexpr):
+    """Fixed-point mass of the tokens at or above both cuts."""
+    total = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(source_ptr + at, mask=at < count, other=NEVER).to(tl.float32)
+        w = weight(x, peak, temperature)
+        stays = (at < count) & (order_key(x) >= cut_key) & (w >= cut_weight)
+        total += tl.where(stays, fixed_point(w), 0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _search(
+    source_ptr,
+    count,
+    needed,
+    low,
+    high,
+    cut_weight,
+    peak,
+    temperature,
+    MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The greatest key in [low, high] at or above which is the mass (else number) `needed`."""
+    lo, hi = low.to(tl.int64), high.to(tl.int64)
+    while lo < hi:
+        span = hi - lo
+        first, second = lo + (span + 3) // 4, lo + (span + 1) // 2
+        third = lo + (3 * span + 3) // 4
+        sum1 = tl.zeros([BLOCK], tl.int64 if MASS else tl.int32)
+        sum2 = sum1
+        sum3 = sum1
+        for start in range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(source_ptr + at, mask=at < count, other=NEVER).to(tl.float32)
+            key = tl.where(at < count, order_key(x), NO_KEY)
+            w = weight(x, peak, temperature)
+            gain = fixed_point(w) if MASS else (at < count).to(tl.int32)
+            gain = tl.where(w >= cut_weight, gain, 0)
+            sum1 += tl.where(key >= first.to(tl.int32), gain, 0)
+            sum2 += tl.where(key >= second.to(tl.int32), gain, 0)
+            sum3 += tl.where(key >= third.to(tl.int32), gain, 0)
+        up1, up2 = tl.sum(sum1, 0) >= needed, tl.sum(sum2, 0) >= needed
+        up3 = tl.sum(sum3, 0) >= needed
+        hi = tl.where(up3, hi, tl.where(up2, third, tl.where(up1, second, first)) - 1)
+        lo = tl.where(up3, third, tl.where(up2, second, tl.where(up1, first, lo)))
+    return lo.to(tl.int32)
+
+
+@jit
+def cut(
+    logits_ptr,  # [S, V]
+    temperature_ptr,  # [S] float32
+    top_k_ptr,  # [S] int32
+    top_p_ptr,  # [S] float32
+    min_p_ptr,  # [S] float32
+    peaks_ptr,  # [S, NUM_SUBS] int32
+    masses_ptr,  # [S, NUM_TILES] int64
+    subs_ptr,  # [S, NUM_SUBS] int32, scratch
+    values_ptr,  # [S, CAPACITY], out: gathered candidates
+    ids_ptr,  # [S, CAPACITY] int32, out: their tokens
+    cuts_ptr,  # [S, 2] int32, out: least kept key; number of candidates or -1
+    VOCAB: tl.constexpr,
+    NUM_SUBS: tl.constexpr,
+    SUBS_PAD: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    TILES_PAD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # grid: (S,)
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    least = tl.load(min_p_ptr + row)
+    has_k = (top_k > 0) & (top_k < VOCAB)
+    cut_key = top_k * 0 + MIN_KEY
+    listed = top_k * 0 - 1
+    peaks = load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD)
+    most = tl.max(peaks, 0)
+    wanted = (temperature > 0.0) & (has_k | (top_p < 1.0))
+    if wanted & (most < MAX_KEY) & (most > MIN_KEY):
+        peak = key_value(most)
+        row_ptr = logits_ptr + row * VOCAB
+        total = temperature.to(tl.int64) * 0
+        cut_weight = least
+        if has_k:
+            if top_k <= NUM_SUBS:
+                cut_key = _peaks_bound(peaks, top_k, most)
+        else:
+            tiles = tl.arange(0, TILES_PAD)
+            total = tl.sum(
+                tl.load(masses_ptr + row * NUM_TILES + tiles, mask=tiles < NUM_TILES, other=0), 0
+            )
+            # All that lie below can hold no more than the mass which top_p drops.
+            share = 0.99 * (1.0 - top_p.to(tl.float64)) * total.to(tl.float64)
+            cut_weight = tl.maximum(least, (share / (1099511627776.0 * VOCAB)).to(tl.float32))
+        count = top_k * 0 + VOCAB
+        if (has_k == 0) | (top_k <= NUM_SUBS):
+            listed = _gather(
+                row_ptr, subs_ptr + row * NUM_SUBS, values_ptr + row * CAPACITY,
+                ids_ptr + row * CAPACITY, peaks, cut_key, cut_weight, peak, temperature,
+                VOCAB, SUBS_PAD, CAPACITY, GROUP,
+            )  # fmt: skip
+        source_ptr = row_ptr
+        if listed >= 0:
+            source_ptr = values_ptr + row * CAPACITY
+            count = listed
+        if has_k & (count > top_k):
+            cut_key = _search(
+                source_ptr, count, top_k, cut_key, most, cut_weight, peak, temperature,
+                False, BLOCK,
+            )  # fmt: skip
+        if top_p < 1.0:
+            if has_k:
+                total = _mass_above(
+                    source_ptr, count, cut_key, cut_weight, peak, temperature, BLOCK
+                )
+            target = top_p.to(tl.float64) * total.to(tl.float64)
+            needed = target.to(tl.int64)
+            needed += (needed.to(tl.float64) < target).to(tl.int64)
+            cut_key = _search(
+                source_ptr, count, tl.maximum(needed, 1), cut_key, most, cut_weight, peak,
+                temperature, True, BLOCK,
+            )  # fmt: skip
+    tl.store(cuts_ptr + row * 2, cut_key)
+    tl.store(cuts_ptr + row * 2 + 1, listed)
