@@ -50,9 +50,9 @@ def rotary_kv_write(
     write. cos, sin: [P, R / 2] float32, row p for position p; the first R of H dimensions turn in
     pairs (i, R / 2 + i), or (2i, 2i + 1) if is_interleaved; R = 0 turns none. q_norm, k_norm: [H]
     weights of an RMS norm over each head before it turns, to which weight_offset (0 or 1) is added.
-    k_cache, v_cache: [B, K, BLOCK, H] of a dtype of qkv's, or float8_e4m3fn with k_scale, v_scale
-    [K] float32: then k / k_scale and v / v_scale are stored, saturated to +-448. An encoder gives
-    no slots and no caches, and k_in_place.
+    k_cache, v_cache: [B, K, BLOCK, H] of a dtype of qkv's, or float8_e4m3fn, which stores
+    k / k_scale and v / v_scale saturated to +-448; k_scale, v_scale: [K] float32 (without them: 1).
+    An encoder gives no slots and no caches, and k_in_place.
 
     q is overwritten in qkv, or written to q_out [T, N, H] if given; k likewise overwritten if
     k_in_place. Returns q [T, N, H], a view of qkv, or q_out. All is computed in float32 and rounded
@@ -242,13 +242,17 @@ def _caches(
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if not is_fp8 and scale is not None:
             raise ValueError(f"{name} needs a {_FP8} cache, got {k_cache.dtype}")
-        if is_fp8 and (
-            scale is None
-            or scale.shape != (num_kv_heads,)
+        if scale is not None and (
+            scale.shape != (num_kv_heads,)
             or scale.dtype != torch.float32
             or scale.device != qkv.device
         ):
-            raise ValueError(f"a {_FP8} cache needs {name} [{num_kv_heads}] float32, got {scale}")
+            raise ValueError(
+                f"{name} must be [{num_kv_heads}] float32 on {qkv.device}, got {scale.dtype} "
+                f"{tuple(scale.shape)} on {scale.device}"
+            )
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("k_scale and v_scale go together, got one of them")
     _check_starts(True, k_scale=k_scale, v_scale=v_scale)
     if is_fp8:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)

@@ -134,8 +134,8 @@ def rotate_and_write(
     v_cache_ptr,  # [B, K, BLOCK, H], e4m3 as bytes; or None
     q_norm_ptr,  # [H] or None
     k_norm_ptr,  # [H] or None
-    k_scale_ptr,  # [K] float32, for an e4m3 cache, else None
-    v_scale_ptr,  # [K] float32, for an e4m3 cache, else None
+    k_scale_ptr,  # [K] float32 for an e4m3 cache, or None
+    v_scale_ptr,  # [K] float32 for an e4m3 cache, or None
     row_steps,  # qkv's row length / STEP; not the length, so that STEP = 1 tells nothing of rows
     num_positions,  # P
     num_slots,  # B * BLOCK
@@ -210,6 +210,8 @@ def rotate_and_write(
             k_b = tl.div_rn(k_b, k_scale)
             k_rest = tl.div_rn(k_rest, k_scale)
             v = tl.div_rn(v.to(tl.float32), v_scale)
+        elif v_cache_ptr.dtype.element_ty == tl.uint8:
+            v = v.to(tl.float32)
         if (slot >= 0) & (slot < num_slots):
             at = ((slot // BLOCK * K + kv_head) * BLOCK + slot % BLOCK) * H
             store_parts(k_cache_ptr, at, is_kv, k_a, k_b, k_rest, H, HALF, INTERLEAVED)
