@@ -31,7 +31,7 @@ BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 # for an algorithm without workspace): from here on the GPU is the slower of the two.
 EAGER_CUBLAS_ROWS = 1024
 _FINISH_BLOCK = 1024
-_SHARED_BYTES = 227 * 1024  # of a multiprocessor of Hopper
+SHARED_BYTES = 227 * 1024  # of a multiprocessor of Hopper
 # (N, K, dtype) for which this process has seen cuBLAS give the tiles' bits
 _proven: set[tuple[int, int, torch.dtype]] = set()
 
@@ -251,13 +251,20 @@ def _is_hopper() -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
 
 
+def shared_bytes(tile: Choice, gated: bool) -> int:
+    """Shared memory of a program with tile and 16-bit inputs, as compiled or nearly."""
+    columns = tile["BLOCK_N"] * (2 if gated else 1)
+    stage = 2 * (tile["BLOCK_M"] + columns) * tile["BLOCK_K"]
+    if tile["TMA"]:  # a finished tile leaves while the next ones arrive
+        return tile["num_stages"] * stage + tile["BLOCK_M"] * tile["BLOCK_N"] + 64
+    # A wgmma, for which four warps are needed, still reads its stage while the next arrives.
+    return max(1, tile["num_stages"] - (0 if tile["num_warps"] >= 4 else 1)) * stage
+
+
 def _num_programs(tile: Choice, gated: bool) -> int:
     """How many programs of a kernel whose programs stay are on the GPU at once."""
-    columns = tile["BLOCK_N"] * (2 if gated else 1)
-    stage = (tile["BLOCK_M"] + columns) * tile["BLOCK_K"]
-    shared = 2 * (tile["num_stages"] * stage + tile["BLOCK_M"] * tile["BLOCK_N"]) + 2048
-    fit = 2 if tile["num_warps"] <= 4 and 2 * shared <= _SHARED_BYTES else 1
-    return fit * _num_multiprocessors()
+    two = tile["num_warps"] <= 4 and 2 * shared_bytes(tile, gated) <= SHARED_BYTES
+    return (2 if two else 1) * _num_multiprocessors()
 
 
 @functools.cache

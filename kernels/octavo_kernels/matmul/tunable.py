@@ -15,10 +15,12 @@ import torch
 from octavo_kernels.matmul import cublas
 from octavo_kernels.matmul.gpu import (
     BUCKETS,
+    SHARED_BYTES,
     by_cublas,
     by_tile,
     default_tile,
     make_tile,
+    shared_bytes,
     tile_for,
     tuned_key,
 )
@@ -32,7 +34,6 @@ _SHAPES_SMALL = ((4096, 1024), (1024, 2048), (1024, 3072), (6144, 1024), (151936
 _GATED = ((28672, 4096), (6144, 1024))
 _ROWS = {8: 1, BUCKETS[-1]: 2048}  # rows timed for a bucket, where not the bucket's size
 _ROTATE = 8
-_SHARED_BYTES = 227 * 1024
 # (BLOCK_N, BLOCK_K, warps, stages, SWAP): weights are streamed once, so what counts is bytes in
 # flight on a multiprocessor: (stages - 1) tiles of each of the programs that fit there.
 _STREAMING = (
@@ -111,13 +112,6 @@ def _parts(key: str) -> tuple[int, int, torch.dtype, int]:
     return n, k, getattr(torch, dtype), int(bucket)
 
 
-def _fits(tile: Choice, gated: bool) -> bool:
-    rows = tile["BLOCK_M"] + tile["BLOCK_N"] * (2 if gated else 1)
-    # A wgmma, for which four warps are needed, still reads its tile while the next arrives.
-    buffers = tile["num_stages"] - (0 if tile["num_warps"] >= 4 else 1)
-    return 2 * rows * tile["BLOCK_K"] * buffers <= _SHARED_BYTES
-
-
 def _streaming(bucket: int, k: int, gated: bool) -> Iterable[Choice]:
     for block_n, block_k, warps, stages, swap in _STREAMING:
         if gated and block_n > 64:
@@ -152,7 +146,7 @@ def _tiles(key: str, gated: bool) -> list[Choice]:
         more = _wide(_MANY if bucket == BUCKETS[-1] else _MIDDLE, bucket, gated)
     found = [default_tile(n, k, dtype, bucket, gated)]
     for tile in more:
-        if tile not in found and _fits(tile, gated):
+        if tile not in found and shared_bytes(tile, gated) <= SHARED_BYTES:
             found.append(tile)
     return found
 
