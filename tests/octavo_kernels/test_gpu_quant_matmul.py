@@ -35,29 +35,31 @@ PACKS: dict[str, Callable[[Tensor], QuantWeight]] = {
 }
 EIGHT_BITS = ("fp8", "fp8_blocks", "int8")
 MODES = [(name, False) for name in PACKS] + [(name, True) for name in EIGHT_BITS]
-# BLOCK_N, BLOCK_M, UNROLL, warps, stages; those with 64 rows of weight and 4 warps are wgmma
+# BLOCK_N, BLOCK_M, UNROLL, X_FIRST, warps, stages; 64 rows of weight first and 4 warps are wgmma
 TILES = [
-    (16, 16, 1, 1, 4),
-    (32, 16, 1, 2, 3),
-    (32, 32, 2, 4, 2),
-    (64, 16, 1, 4, 4),
-    (64, 64, 2, 4, 2),
-    (128, 64, 1, 8, 3),
-    (128, 128, 1, 8, 3),
+    (16, 16, 1, 1, 2, 4),
+    (32, 16, 1, 1, 4, 5),
+    (32, 16, 2, 0, 2, 3),
+    (32, 32, 2, 0, 4, 2),
+    (64, 16, 1, 0, 4, 4),
+    (64, 64, 2, 0, 4, 2),
+    (128, 64, 1, 0, 8, 3),
+    (128, 128, 1, 0, 8, 3),
 ]
 if DEVICE == "cpu":
-    TILES = [TILES[1], TILES[3], TILES[4]]  # the interpreter knows no warps and no stages
+    TILES = [TILES[1], TILES[2], TILES[4], TILES[5]]  # the interpreter knows no warps and no stages
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def tile(n: int, m: int, unroll: int, warps: int, stages: int) -> dict[str, int]:
+def tile(n: int, m: int, unroll: int, x_first: int, warps: int, stages: int) -> dict[str, int]:
     return {
         "BLOCK_N": n,
         "BLOCK_M": m,
         "UNROLL": unroll,
+        "X_FIRST": x_first,
         "num_warps": warps,
         "num_stages": stages,
     }

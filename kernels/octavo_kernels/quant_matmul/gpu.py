@@ -3,7 +3,8 @@
 A row's bits depend on that row and the weight alone: K is walked in ascending order, 128 elements
 (or the scale's group, if smaller) in the matrix unit from zero and then into one float32 sum.
 Nothing here can change that: tiles, warps, stages and UNROLL only change speed. e4m3 times e4m3
-goes through tiles of at least 64 x 8 so that every batch meets the same instruction.
+always goes through wgmma (mma would widen to fp16 and keep other bits), so its tiles have 64 rows
+of the weight or more.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def default_choice(weight: QuantWeight, bucket: int, *, quantised: bool, wide: b
     if bucket == 16:
         if quantised and weight.kind == "fp8":
             return _tile(block_n=64, block_m=16, warps=4, stages=5)
-        return _tile(block_n=32, block_m=16, warps=2, stages=5)
+        return _tile(block_n=32, block_m=16, warps=4, stages=5, x_first=1)
     if bucket == 64:
         return _tile(block_n=64, block_m=64, warps=4, stages=4)
     # Scales that change often take registers for a product of their own in every pass.
@@ -49,11 +50,14 @@ def default_choice(weight: QuantWeight, bucket: int, *, quantised: bool, wide: b
     return _tile(block_n=128, block_m=128, warps=8, stages=3)
 
 
-def _tile(*, block_n: int, block_m: int, warps: int, stages: int, unroll: int = 1) -> Choice:
+def _tile(
+    *, block_n: int, block_m: int, warps: int, stages: int, unroll: int = 1, x_first: int = 0
+) -> Choice:
     return {
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
         "UNROLL": unroll,
+        "X_FIRST": x_first,
         "num_warps": warps,
         "num_stages": stages,
     }
@@ -191,8 +195,9 @@ def _launch(
 ) -> None:
     num_rows = tail[2].shape[0]
     num_groups = weight.data.shape[0]
-    if isinstance(x, QuantActivations) and weight.kind == "fp8" and options["BLOCK_N"] < 64:
-        raise ValueError(f"fp8 activations need BLOCK_N of 64 or more, got {options['BLOCK_N']}")
+    wgmma = options["BLOCK_N"] >= 64 and options["num_warps"] >= 4 and not options["X_FIRST"]
+    if isinstance(x, QuantActivations) and weight.kind == "fp8" and not wgmma:
+        raise ValueError(f"fp8 activations need 64 rows of weight first, got {options}")
     if num_groups % options["UNROLL"]:
         options["UNROLL"] = 1
     tiles = triton.cdiv(num_rows, options["BLOCK_M"]) * triton.cdiv(weight.n, options["BLOCK_N"])

@@ -71,11 +71,12 @@ def _candidates(key: str) -> Iterable[Choice]:
     weight, bucket, quantised = _KEYS[key]
     first = gpu.default_choice(weight, bucket, quantised=quantised, wide=False)
     yield first
-    for n, m, warps, stages, unroll in _tiles(weight.kind, bucket, quantised):
+    for n, m, warps, stages, unroll, first_x in _tiles(weight.kind, bucket, quantised):
         choice = {
             "BLOCK_N": n,
             "BLOCK_M": m,
             "UNROLL": unroll,
+            "X_FIRST": first_x,
             "num_warps": warps,
             "num_stages": stages,
         }
@@ -83,18 +84,20 @@ def _candidates(key: str) -> Iterable[Choice]:
             yield choice
 
 
-def _tiles(kind: Kind, bucket: int, quantised: bool) -> list[tuple[int, int, int, int, int]]:
-    """BLOCK_N, BLOCK_M, warps, stages, UNROLL."""
+def _tiles(kind: Kind, bucket: int, quantised: bool) -> list[tuple[int, int, int, int, int, int]]:
+    """BLOCK_N, BLOCK_M, warps, stages, UNROLL, X_FIRST."""
     if bucket == 16 and quantised and kind == "fp8":
-        return [(64, 16, 4, 8, 1), (64, 16, 4, 4, 2), (128, 16, 4, 5, 1), (128, 16, 8, 5, 1)]
+        tiles = [(64, 16, 4, 8, 1), (64, 16, 4, 4, 2), (128, 16, 4, 5, 1), (128, 16, 8, 5, 1)]
+        return [(*tile, 0) for tile in tiles]
     if bucket == 16:
-        tiles = [(16, 16, 1, 6, 1), (16, 16, 1, 8, 1), (16, 16, 1, 4, 2), (16, 16, 2, 6, 1)]
-        tiles += [(32, 16, 2, 4, 1), (32, 16, 2, 8, 1), (32, 16, 2, 3, 2), (32, 16, 2, 4, 4)]
-        tiles += [(64, 16, 4, 4, 1), (64, 16, 4, 6, 1), (64, 16, 4, 3, 2), (128, 16, 8, 4, 1)]
-        return tiles
+        tiles = [(16, 16, 2, 6, 1), (16, 16, 2, 4, 2), (16, 16, 2, 3, 4), (32, 16, 4, 8, 1)]
+        tiles += [(32, 16, 4, 4, 2), (32, 16, 4, 3, 4), (32, 16, 2, 5, 1), (64, 16, 4, 5, 1)]
+        tiles += [(64, 16, 8, 4, 2)]
+        others = [(32, 16, 2, 5, 1), (32, 16, 2, 4, 2), (64, 16, 4, 4, 1), (64, 16, 4, 3, 2)]
+        return [(*tile, 1) for tile in tiles] + [(*tile, 0) for tile in others]
     tiles = [(128, 64, 4, 4, 1), (128, 64, 8, 4, 1), (128, 64, 8, 3, 2), (64, 128, 4, 3, 1)]
-    tiles += [(128, 128, 8, 4, 1), (128, 256, 8, 3, 1), (256, 128, 8, 3, 1), (64, 256, 4, 3, 1)]
-    return tiles
+    tiles += [(128, 128, 8, 4, 1), (128, 128, 8, 2, 1), (256, 64, 8, 3, 1), (64, 64, 4, 4, 1)]
+    return [(*tile, 0) for tile in tiles]
 
 
 def _make(key: str, choice: Choice) -> Callable[[], Any]:

@@ -4,7 +4,15 @@ import triton.language as tl
 
 from octavo_kernels.launch import jit
 from octavo_kernels.quant_matmul.conversion_kernel import widen8
-from octavo_kernels.quant_matmul.tile_kernel import load_x, store_tile, tile_of
+from octavo_kernels.quant_matmul.tile_kernel import (
+    load_x,
+    offsets,
+    over_n,
+    product,
+    store_tile,
+    tile_of,
+    zero_tile,
+)
 
 
 @jit
@@ -25,6 +33,7 @@ def w8a16(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUP_M: tl.constexpr,
+    X_FIRST: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     # Grid: (tiles of T * tiles of N,)
@@ -39,10 +48,10 @@ def w8a16(
     # Rows past the end repeat the last one: nothing is masked in the loop, nothing of them stored.
     x_ptrs = x_ptr + tl.minimum(m, num_rows - 1).to(tl.int64)[:, None] * K + j[None, :]
     n_in = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
-    word_ptrs = words_ptr + n_in.to(tl.int64)[:, None] * 64 + j[None, :]
+    word_ptrs = words_ptr + offsets(n_in, j, 64, X_FIRST)
     scale_ptrs = scale_ptr + n_in // ROWS
     scale = tl.load(scale_ptrs).to(tl.float32)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.float32)
     for g in range(0, NUM_G, UNROLL):
         for u in tl.static_range(UNROLL):
             now = scale
@@ -53,12 +62,13 @@ def w8a16(
             left = K - (g + u) * 128
             low = widen8(words, 0, KIND, dtype, FAST)
             x = load_x(x_ptrs, left, j, K % 128 == 0)
-            part = tl.dot(low, tl.trans(x.to(dtype)), input_precision="ieee")
+            part = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.float32)
+            part = product(low, x.to(dtype), part, X_FIRST)
             high = widen8(words, 1, KIND, dtype, FAST)
             x = load_x(x_ptrs + 64, left - 64, j, K % 128 == 0)
-            part = tl.dot(high, tl.trans(x.to(dtype)), part, input_precision="ieee")
+            part = product(high, x.to(dtype), part, X_FIRST)
             # 128 elements in the matrix unit, then into float32: the same for every tile.
-            acc = tl.fma(part, tl.broadcast_to(now[:, None], [BLOCK_N, BLOCK_M]), acc)
+            acc = tl.fma(part, over_n(now, BLOCK_M, X_FIRST), acc)
             word_ptrs += N * 64
             x_ptrs += 128
-    store_tile(acc, m, n, bias_ptr, residual_ptr, out_ptr, num_rows, N)
+    store_tile(acc, m, n, bias_ptr, residual_ptr, out_ptr, num_rows, N, X_FIRST)

@@ -3,7 +3,15 @@
 import triton.language as tl
 
 from octavo_kernels.launch import jit
-from octavo_kernels.quant_matmul.tile_kernel import store_tile, tile_of
+from octavo_kernels.quant_matmul.tile_kernel import (
+    offsets,
+    over_m,
+    over_n,
+    product,
+    store_tile,
+    tile_of,
+    zero_tile,
+)
 
 
 @jit
@@ -24,6 +32,7 @@ def w8a8(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUP_M: tl.constexpr,
+    X_FIRST: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     # Grid: (tiles of T * tiles of N,)
@@ -36,32 +45,33 @@ def w8a8(
     row = tl.minimum(m, num_rows - 1).to(tl.int64)
     x_ptrs = x_ptr + row[:, None] * (NUM_G * 128) + j[None, :]
     n_in = n if N % BLOCK_N == 0 else tl.minimum(n, N - 1)
-    code_ptrs = codes_ptr + n_in.to(tl.int64)[:, None] * 128 + j[None, :]
+    code_ptrs = codes_ptr + offsets(n_in, j, 128, X_FIRST)
     scale_ptrs = scale_ptr + n_in // ROWS
     x_scale_ptrs = x_scale_ptr + (row * NUM_G if GROUPED else row)
     scale, x_scale = tl.load(scale_ptrs), tl.load(x_scale_ptrs)
-    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    sums = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.int32)
+    acc = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.float32)
     for g in range(0, NUM_G, UNROLL):
         for u in tl.static_range(UNROLL):
             codes = tl.load(code_ptrs)
             x = tl.load(x_ptrs)
             if KIND == "int8":
-                sums = tl.dot(codes, tl.trans(x), sums, out_dtype=tl.int32)  # exact
+                sums = product(codes, x, sums, X_FIRST)  # exact
             else:
                 # The matrix unit keeps few bits of e4m3 sums: 128 elements there, then float32.
-                factor = tl.broadcast_to(scale[:, None], [BLOCK_N, BLOCK_M])
+                factor = over_n(scale, BLOCK_M, X_FIRST)
                 if GROUPED:
-                    factor = factor * x_scale[None, :]
+                    factor = factor * over_m(x_scale, X_FIRST)
                     later = tl.minimum(g + u + 1, NUM_G - 1)
                     scale = tl.load(scale_ptrs + later * NUM_SCALES)
                     x_scale = tl.load(x_scale_ptrs + later)
-                part = tl.dot(codes, tl.trans(x))
+                part = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.float32)
+                part = product(codes, x, part, X_FIRST)
                 acc = tl.fma(part, factor, acc)
             code_ptrs += N * 128
             x_ptrs += 128
     if KIND == "int8":
-        acc = sums.to(tl.float32) * scale[:, None]
+        acc = sums.to(tl.float32) * over_n(scale, BLOCK_M, X_FIRST)
     if not GROUPED:
-        acc = acc * x_scale[None, :]
-    store_tile(acc, m, n, bias_ptr, residual_ptr, out_ptr, num_rows, N)
+        acc = acc * over_m(x_scale, X_FIRST)
+    store_tile(acc, m, n, bias_ptr, residual_ptr, out_ptr, num_rows, N, X_FIRST)
