@@ -74,10 +74,10 @@ class Problem:
         head_dim: int,
         block: int,
         dtype: torch.dtype,
-        seed: int = 0,
+        window: int = 0,
     ) -> None:
-        g = torch.Generator(device="cuda").manual_seed(seed)
-        self.lengths, self.block = lengths, block
+        g = torch.Generator(device="cuda").manual_seed(0)
+        self.lengths, self.block, self.window = lengths, block, window
         self.num_heads, self.num_kv_heads = heads
         tokens = sum(queries for queries, _ in lengths)
         self.q = torch.randn(
@@ -115,6 +115,7 @@ class Problem:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.q.shape[2],
             cache_dtype=self.q.dtype,
+            sliding_window=self.window,
         )
 
     def attend(self, hopper: bool, causal: bool, sinks: Tensor | None) -> Tensor:
@@ -142,7 +143,8 @@ class Problem:
         s = torch.einsum("tnh,snh->nts", q, k) * q.shape[2] ** -0.5
         if causal:
             position = keys - queries + torch.arange(queries, device="cuda")
-            unseen = torch.arange(keys, device="cuda") > position[:, None]
+            distance = position[:, None] - torch.arange(keys, device="cuda")
+            unseen = (distance < 0) | (distance >= (self.window or keys))
             s = s.masked_fill(unseen, float("-inf"))
         if sinks is not None:
             s = torch.cat([s, sinks.double()[:, None, None].expand(-1, queries, 1)], 2)
@@ -152,20 +154,31 @@ class Problem:
 @pytest.mark.gpu
 @pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("heads", [(8, 2), (6, 2), (2, 2)])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("head_dim", "block", "heads", "causal", "window", "dtype"),
+    [
+        (128, 64, (8, 2), True, 0, torch.bfloat16),
+        (128, 16, (6, 2), True, 0, torch.float16),
+        (128, 128, (16, 1), False, 0, torch.bfloat16),
+        (128, 32, (2, 2), True, 700, torch.bfloat16),
+        (64, 64, (6, 2), False, 0, torch.float16),
+        (64, 16, (8, 2), True, 0, torch.bfloat16),
+        (64, 128, (2, 2), True, 130, torch.bfloat16),
+        (64, 32, (16, 1), True, 0, torch.float16),
+    ],
+)
 def test_agrees_with_float64_and_with_the_plain_kernel(
     lengths: tuple[tuple[int, int], ...],
     head_dim: int,
     block: int,
     heads: tuple[int, int],
     causal: bool,
+    window: int,
     dtype: torch.dtype,
 ) -> None:
-    problem = Problem(lengths, heads=heads, head_dim=head_dim, block=block, dtype=dtype)
+    problem = Problem(
+        lengths, heads=heads, head_dim=head_dim, block=block, dtype=dtype, window=window
+    )
     sinks = torch.randn(heads[0], device="cuda") if causal else None
     assert supports(problem.q, problem.caches[0], plan=problem.plan())
     got = problem.attend(True, causal, sinks)

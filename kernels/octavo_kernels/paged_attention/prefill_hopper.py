@@ -26,6 +26,7 @@ def supports(
     k_cache: Tensor,
     *,
     plan: AttentionPlan,
+    is_causal: bool = True,
     soft_cap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     rel_bias: Tensor | None = None,
@@ -38,7 +39,7 @@ def supports(
         q.dtype in _DTYPES
         and k_cache.dtype == q.dtype
         and plan.head_dim in HEAD_DIMS
-        and plan.sliding_window == 0
+        and (is_causal or plan.sliding_window == 0)
         and k_cache.shape[2] in BLOCK_SIZES
         and k_cache.shape[:3].numel() < 2**31
         and not shaped
@@ -80,7 +81,8 @@ def attend_prefill_hopper(
         seq_lens, plan.tiles, plan.num_tiles, sinks,
         scale, block_tables.stride(0), block_tables.shape[1] * block_size, cache_rows,
         N=plan.num_heads, K=num_kv_heads, H=head_dim, Q_STRIDE=q.stride(0), BLOCK=block_size,
-        BLOCK_Q=plan.block_q, TILE=tile, PARTITION=plan.partition, CAUSAL=is_causal, num_warps=4,
+        BLOCK_Q=plan.block_q, TILE=tile, PARTITION=plan.partition, CAUSAL=is_causal,
+        WINDOW=plan.sliding_window, num_warps=4,
     )  # fmt: skip
 
 

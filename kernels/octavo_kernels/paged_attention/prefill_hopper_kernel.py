@@ -38,9 +38,9 @@ copy_box = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 
 @gluon.jit
 def _item(i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr, BLOCK_Q: gl.constexpr,
-          TILE: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+          TILE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """Work item i: request, kv head, its first row of q, its tokens, the first one's position, the
-    request's keys, and how many tiles of keys there are to do (at least 1)."""
+    request's keys, and the tiles of keys [begin, end) that there are to do (at least one)."""
     request = gl.load(tiles_ptr + 2 * (i // K))
     first = gl.load(tiles_ptr + 2 * (i // K) + 1)
     start = gl.load(starts_ptr + request)
@@ -51,8 +51,11 @@ def _item(i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr, BLOC
     end = keys
     if CAUSAL:
         end = position + tokens
-    tiles = (gl.maximum(end, 1) + TILE - 1) // TILE
-    return request, i % K, start + first, tokens, position, keys, tiles
+    begin = 0
+    if WINDOW > 0:
+        begin = gl.maximum(position - WINDOW + 1, 0) // TILE
+    end = gl.maximum((end + TILE - 1) // TILE, begin + 1)
+    return request, i % K, start + first, tokens, position, keys, begin, end
 
 
 @gluon.jit
@@ -92,18 +95,19 @@ def _copy_tile(desc, smem, full, empty, rows, count, TILE: gl.constexpr, BLOCK: 
 def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
              tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr, table_ptr, table_stride, max_keys,
              no_row, K: gl.constexpr, BLOCK: gl.constexpr, BLOCK_Q: gl.constexpr,
-             TILE: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+             TILE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """The producer warp: K and V tiles of this program's items, in order."""
     items = gl.load(num_tiles_ptr) * K
     count = 0
     round = 0
     while _turn(round) < items:
-        request, head, _, _, _, keys, tiles = _item(
-            _turn(round), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL
-        )
+        request, head, _, _, _, keys, begin, end = _item(
+            _turn(round), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL,
+            WINDOW,
+        )  # fmt: skip
         table = table_ptr + request.to(gl.int64) * table_stride
-        rows = _block_rows(table, 0, keys, head, no_row, K, TILE, BLOCK)
-        for tile in range(tiles):
+        rows = _block_rows(table, begin, keys, head, no_row, K, TILE, BLOCK)
+        for tile in range(begin, end):
             ahead = _block_rows(table, tile + 1, keys, head, no_row, K, TILE, BLOCK)
             _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, TILE, BLOCK)
             _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, TILE, BLOCK)
@@ -121,9 +125,7 @@ def _load_q(q_ptr, q_smem, row, tokens, head, group: gl.constexpr, Q_STRIDE: gl.
     r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
     h = gl.arange(0, H, gl.SliceLayout(0, layout))
     at = (row + r // G).to(gl.int64) * Q_STRIDE + (head * G + r % G) * H
-    copy_rows(
-        q_smem, q_ptr + at[:, None] + h[None, :], mask=(r // G < tokens)[:, None]
-    )
+    copy_rows(q_smem, q_ptr + at[:, None] + h[None, :], mask=(r // G < tokens)[:, None])
     async_copy.commit_group()
 
 
@@ -138,25 +140,29 @@ def _start_scores(q_smem, k_smem, k_full, count, TILE: gl.constexpr, S: gl.const
 
 
 @gluon.jit
-def _mask(s, tile, last, TILE: gl.constexpr, S: gl.constexpr):
+def _mask(s, tile, last, TILE: gl.constexpr, WINDOW: gl.constexpr, S: gl.constexpr):
     """-inf where a row does not see a key; last [M] is the newest key a row sees, or -1."""
-    key = tile * TILE + gl.arange(0, TILE, gl.SliceLayout(0, S))
-    return gl.where(key[None, :] <= last[:, None], s, float("-inf"))
+    key = (tile * TILE + gl.arange(0, TILE, gl.SliceLayout(0, S)))[None, :]
+    seen = key <= last[:, None]
+    if WINDOW > 0:
+        seen = seen & (key > last[:, None] - WINDOW)
+    return gl.where(seen, s, float("-inf"))
 
 
 @gluon.jit
-def _clear_unseen(v, seen, LAYOUT: gl.constexpr):
-    """Zeroes the rows from `seen` on of a V tile, which may hold NaN: 0 * NaN is not 0.
+def _clear_unseen(v, lo, hi, LAYOUT: gl.constexpr):
+    """Zeroes the rows of a V tile outside [lo, hi), which may hold NaN: 0 * NaN is not 0.
 
     Both warpgroups do it, with the same values, and so need not wait for each other.
     """
     STEP: gl.constexpr = 32
     ROWS: gl.constexpr = v.shape[0]
     for at in gl.static_range(0, ROWS, STEP):
-        if seen < at + STEP:
+        if (hi < at + STEP) | (lo > at):
             part = v.slice(at, STEP)
             row = at + gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
-            part.store(gl.where((row < seen)[:, None], part.load(LAYOUT), 0.0))
+            seen = (row >= lo) & (row < hi)
+            part.store(gl.where(seen[:, None], part.load(LAYOUT), 0.0))
     fence_async_shared()
 
 
@@ -192,18 +198,20 @@ def _store(out_ptr, rows, smem, row, tokens, head, group: gl.constexpr, N: gl.co
 
 
 @gluon.jit
-def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count, tiles,
-            keys, full_tiles, last, scale, q_ptr, next_row, next_tokens, next_head,
-            group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr, A: gl.constexpr,
+def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count, begin,
+            end, full_from, full_to, low, keys, last, scale, q_ptr, next_row, next_tokens,
+            next_head, group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr, A: gl.constexpr,
             S: gl.constexpr, FLAT: gl.constexpr,
-            PARTITION: gl.constexpr):  # fmt: skip
-    """The rows in q_smem against tiles of keys, from the ring's tile number `count` on.
+            PARTITION: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
+    """The rows in q_smem against tiles [begin, end) of keys, the ring's from number `count` on.
 
-    last [M]: newest key a row sees; it sees all keys of the first full_tiles. Returns l, m and the
-    sums [M, H] of all partitions.
+    last [M]: newest key a row sees. All rows see all keys of tiles [full_from, full_to), none sees
+    a key before `low`. Meanwhile the next item's rows of q are copied. Returns m, l and the sums
+    [M, H] of all partitions.
     """
     H: gl.constexpr = q_smem.shape[1]
     TILE: gl.constexpr = k_smem.shape[1]
+    PER: gl.constexpr = PARTITION // TILE
     dtype: gl.constexpr = q_smem.dtype
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
@@ -211,8 +219,8 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
     s = _start_scores(q_smem, k_smem, k_full, count, TILE, S)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_empty.index(count % STAGES))
-    if full_tiles < 1:
-        s = _mask(s, 0, last, TILE, S)
+    if (begin < full_from) | (begin >= full_to):
+        s = _mask(s, begin, last, TILE, WINDOW, S)
     m = gl.full([GROUP_ROWS], float("-inf"), gl.float32, S_ROW)
     l = gl.full([GROUP_ROWS], 0.0, gl.float32, S_ROW)
     m_all = m
@@ -221,16 +229,19 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
     x, m, l, alpha = softmax_tile(s, m, l, scale)
     p = gl.convert_layout(x.to(dtype), P)
     mbarrier.wait(v_full.index(count % STAGES), (count // STAGES) & 1)
-    for tile in range(1, tiles):
+    if WINDOW > 0:
+        if low > begin * TILE:
+            _clear_unseen(v_smem.index(count % STAGES), low - begin * TILE, TILE, FLAT)
+    for tile in range(begin + 1, end):
         before = count % STAGES
         count += 1
         s = _start_scores(q_smem, k_smem, k_full, count, TILE, S)
         acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         mbarrier.arrive(k_empty.index(count % STAGES))
-        if tile >= full_tiles:
-            s = _mask(s, tile, last, TILE, S)
-        fresh = tile % (PARTITION // TILE) == 0
+        if (tile < full_from) | (tile >= full_to):
+            s = _mask(s, tile, last, TILE, WINDOW, S)
+        fresh = tile % PER == 0
         m_part = m
         l_part = l
         m = gl.where(fresh, float("-inf"), m)
@@ -242,7 +253,7 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(before))
         if fresh:
-            if tile > PARTITION // TILE:
+            if tile - PER > begin:  # not the first
                 m_all, l_all, acc = _merge(
                     m_all, l_all, fold_smem.load(A), m_part, l_part, acc, S_ROW, A_ROW
                 )
@@ -256,12 +267,12 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
         p = gl.convert_layout(x.to(dtype), P)
     _load_q(q_ptr, q_smem, next_row, next_tokens, next_head, group, Q_STRIDE, G)
     before = count % STAGES
-    if tiles * TILE > keys:
-        _clear_unseen(v_smem.index(before), keys - (tiles - 1) * TILE, FLAT)
+    if end * TILE > keys:
+        _clear_unseen(v_smem.index(before), 0, keys - (end - 1) * TILE, FLAT)
     acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(before))
-    if tiles > PARTITION // TILE:
+    if (end - 1) // PER * PER > begin:
         m, l, acc = _merge(m_all, l_all, fold_smem.load(A), m, l, acc, S_ROW, A_ROW)
     else:
         acc = acc + 0.0
@@ -275,7 +286,7 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
              k_full, k_empty, v_full, v_empty, tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr,
              max_keys, scale, group: gl.constexpr, Q_STRIDE: gl.constexpr, N: gl.constexpr,
              K: gl.constexpr, BLOCK_Q: gl.constexpr, PARTITION: gl.constexpr,
-             CAUSAL: gl.constexpr):  # fmt: skip
+             CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """A consumer warpgroup: rows [64 * group, 64 * group + 64) of this program's items."""
     H: gl.constexpr = q_smem.shape[1]
     TILE: gl.constexpr = k_smem.shape[1]
@@ -289,39 +300,42 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     if _turn(0) >= items:
         return
     count = 0
-    _, head, row, tokens, position, keys, tiles = _item(
-        gl.minimum(_turn(0), items - 1), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q,
-        TILE, CAUSAL,
-    )  # fmt: skip
+    _, head, row, tokens, position, keys, begin, end = _item(
+        _turn(0), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL, WINDOW
+    )
     _load_q(q_ptr, q_smem, row, tokens, head, group, Q_STRIDE, G)
     round = 0
     while _turn(round) < items:
         # the item after this one: its rows of q are copied while this one ends
-        _, next_head, next_row, next_tokens, next_position, next_keys, next_tiles = _item(
+        _, next_head, next_row, next_tokens, next_position, next_keys, next_begin, next_end = _item(
             gl.minimum(_turn(round + 1), items - 1), tiles_ptr, starts_ptr, lengths_ptr, max_keys,
-            K, BLOCK_Q, TILE, CAUSAL,
+            K, BLOCK_Q, TILE, CAUSAL, WINDOW,
         )  # fmt: skip
+        low, full_from = 0, 0
         if CAUSAL:
             last = gl.where(r // G < tokens, position + r // G, -1)
-            full_tiles = (position + 1) // TILE
+            full_to = (position + 1) // TILE
+            if WINDOW > 0:
+                low = position - WINDOW + 1
+                full_from = (gl.maximum(position + tokens - WINDOW, 0) + TILE - 1) // TILE
         else:
             last = gl.where(r // G < tokens, keys - 1, -1)
-            full_tiles = keys // TILE
+            full_to = keys // TILE
         async_copy.wait_group(0)
         fence_async_shared()
         m, l, acc = _attend(
             q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count,
-            tiles, keys, full_tiles, last, scale, q_ptr, next_row, next_tokens, next_head, group,
-            Q_STRIDE, G, A, S, FLAT, PARTITION,
+            begin, end, full_from, full_to, low, keys, last, scale, q_ptr, next_row, next_tokens,
+            next_head, group, Q_STRIDE, G, A, S, FLAT, PARTITION, WINDOW,
         )  # fmt: skip
-        count += tiles
+        count += end - begin
         if sinks_ptr is not None:
             h = head * G + gl.convert_layout(r % G, gl.SliceLayout(1, A))
             m, l, acc = fold_sink(m, l, acc, gl.load(sinks_ptr + h) * LOG2_E)
         rows = normalise(l, acc).to(q_smem.dtype)
         _store(out_ptr, rows, fold_smem, row, tokens, head, group, N, G, FLAT)
         head, row, tokens, position = next_head, next_row, next_tokens, next_position
-        keys, tiles = next_keys, next_tiles
+        keys, begin, end = next_keys, next_begin, next_end
         round += 1
     async_copy.wait_group(0)
 
@@ -340,6 +354,7 @@ def attend_hopper(
     scale, table_stride, max_keys, no_row,
     N: gl.constexpr, K: gl.constexpr, H: gl.constexpr, Q_STRIDE: gl.constexpr, BLOCK: gl.constexpr,
     BLOCK_Q: gl.constexpr, TILE: gl.constexpr, PARTITION: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,  # 0, or keys that a token sees, itself included; needs CAUSAL
 ):  # fmt: skip
     # Grid: (programs,), any number; each takes tiles x kv heads in turn, longest first.
     dtype: gl.constexpr = k_desc.dtype
@@ -364,14 +379,14 @@ def attend_hopper(
             (_consume, (q_ptr, out_ptr, sinks_ptr, q_smem.index(0), k_smem, v_smem,
                         fold_smem.index(0), k_full, k_empty, v_full, v_empty, tiles_ptr,
                         num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, scale, 0, Q_STRIDE, N, K,
-                        BLOCK_Q, PARTITION, CAUSAL)),
+                        BLOCK_Q, PARTITION, CAUSAL, WINDOW)),
             (_consume, (q_ptr, out_ptr, sinks_ptr, q_smem.index(1), k_smem, v_smem,
                         fold_smem.index(1), k_full, k_empty, v_full, v_empty, tiles_ptr,
                         num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, scale, 1, Q_STRIDE, N, K,
-                        BLOCK_Q, PARTITION, CAUSAL)),
+                        BLOCK_Q, PARTITION, CAUSAL, WINDOW)),
             (_produce, (k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
                         tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr, table_ptr, table_stride,
-                        max_keys, no_row, K, BLOCK, BLOCK_Q, TILE, CAUSAL)),
+                        max_keys, no_row, K, BLOCK, BLOCK_Q, TILE, CAUSAL, WINDOW)),
         ],
         [4, 1],
         [240, 24],
