@@ -1,4 +1,4 @@
-"""Attention with a prefix computed for several requests at once has the bits of attention without."""
+"""Attention with a prefix computed for several requests at once: the bits of attention without."""
 
 from __future__ import annotations
 

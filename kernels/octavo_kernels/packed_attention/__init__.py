@@ -32,8 +32,8 @@ def packed_attention(
     """Attention of every query token to the keys of its sequence.
 
     q: [T, N, H] float16, bfloat16 or float32; k, v: [S, K, H] of q's dtype, or float8_e4m3fn and
-    then multiplied by k_scale, v_scale [K] float32 (default 1). Their rows may be strided (views of qkv), [N, H] and [K, H] are
-    dense; N is a multiple of K, H of 16, at most 256.
+    then multiplied by k_scale, v_scale [K] float32 (default 1). Their rows may be strided (views of
+    qkv), [N, H] and [K, H] are dense; N is a multiple of K, H of 16, at most 256.
     query_start_loc, key_start_loc: [R + 1] int32; sequence r has the query rows from
     query_start_loc[r] and the key rows from key_start_loc[r], to where the next one's begin.
     max_query_len: a bound on the queries of one sequence; later ones are not computed.

@@ -108,7 +108,7 @@ def _sweep(
 
 @triton.jit
 def key_range(p0, p1, seq_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Of positions p0..p1: keys [lo, hi) that any of them sees and [all_lo, all_hi) that all see."""
+    """Keys [lo, hi) that any of positions p0..p1 sees, and [all_lo, all_hi) that all of them see."""
     lo, all_lo, hi, all_hi = 0, 0, seq_len, seq_len
     if WINDOW > 0:
         lo, all_lo = tl.maximum(p0 - WINDOW + 1, 0), tl.maximum(p1 - WINDOW + 1, 0)

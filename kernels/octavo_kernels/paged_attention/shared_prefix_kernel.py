@@ -6,7 +6,6 @@ have written, bit for bit: partitions begin at the same positions whoever comput
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from octavo_kernels.launch import jit
