@@ -147,9 +147,7 @@ def decode(
                 if kv_head >= K:
                     kv_head = 0
                     row += 1
-                    request, _s, query_len, seq_len, _f, own, stop, _p = _request(
-                        requests_ptr, row
-                    )
+                    request, _s, query_len, seq_len, _f, own, stop, _p = _request(requests_ptr, row)
                 part = own
             tile, last = _unit_tiles(part, query_len, seq_len, TILE, PARTITION, WINDOW)
         table = table_ptr + request.to(tl.int64) * table_stride
@@ -181,9 +179,7 @@ def decode(
         natural = logit_scale(scale, k_scale_ptr, kv_head)
         q_pos = seq_len - query_len + tl.minimum(tokens, query_len - 1)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-        s = shape_logits(
-            s, natural, q_pos, k_pos, heads, slopes_ptr, rel_bias_ptr, span, SOFT_CAP
-        )
+        s = shape_logits(s, natural, q_pos, k_pos, heads, slopes_ptr, rel_bias_ptr, span, SOFT_CAP)
         distance = k_pos[None, :] - q_pos[:, None]
         seen = (k_pos < seq_len)[None, :]
         if CAUSAL:

@@ -104,15 +104,7 @@ def paged_attention(
         raise ValueError(f"k_scale and v_scale need a {FP8} cache, got {k_cache.dtype}")
     if out is None:
         out = q.new_empty(num_tokens, num_heads * head_dim)
-    elif (
-        tuple(out.shape) not in ((num_tokens, num_heads * head_dim), tuple(q.shape))
-        or out.dtype != q.dtype
-        or not out.is_contiguous()
-    ):
-        raise ValueError(
-            f"out must be contiguous {q.dtype} [{num_tokens}, {num_heads * head_dim}], got "
-            f"{out.dtype} {tuple(out.shape)}"
-        )
+    _check_out(out, q)
     if num_tokens == 0 or num_requests == 0:
         return out
     if max_blocks == 0 or k_cache.shape[0] == 0:
@@ -131,15 +123,7 @@ def paged_attention(
             sliding_window=sliding_window,
         )
     else:
-        made_for = (plan.num_requests, plan.num_heads, plan.num_kv_heads, plan.head_dim)
-        made_for += (plan.sliding_window,)
-        called_for = (num_requests, num_heads, num_kv_heads, head_dim, sliding_window)
-        if made_for != called_for or plan.max_seq_len > max_blocks * block_size:
-            raise ValueError(
-                "the plan is for (requests, heads, kv heads, head size, window) "
-                f"{made_for} and at most {plan.max_seq_len} positions, the call for {called_for} "
-                f"and {max_blocks * block_size}"
-            )
+        _check_plan(plan, q, k_cache, block_tables, sliding_window)
     if plan.num_programs:
         attend_decode(
             q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, scale=scale,
@@ -242,6 +226,39 @@ def _check_strides(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         raise ValueError(f"q must have dense heads, got strides {q.stride()}")
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("k_cache and v_cache must be contiguous")
+
+
+def _check_out(out: Tensor, q: Tensor) -> None:
+    flat = (q.shape[0], q.shape[1] * q.shape[2])
+    if (
+        tuple(out.shape) not in (flat, tuple(q.shape))
+        or out.dtype != q.dtype
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"out must be contiguous {q.dtype} {list(flat)}, got {out.dtype} {tuple(out.shape)}"
+        )
+
+
+def _check_plan(
+    plan: AttentionPlan, q: Tensor, k_cache: Tensor, block_tables: Tensor, sliding_window: int
+) -> None:
+    num_requests, max_blocks = block_tables.shape
+    made_for = (
+        plan.num_requests,
+        plan.num_heads,
+        plan.num_kv_heads,
+        plan.head_dim,
+        plan.sliding_window,
+    )
+    called_for = (num_requests, q.shape[1], k_cache.shape[1], q.shape[2], sliding_window)
+    positions = max_blocks * k_cache.shape[2]
+    if made_for != called_for or plan.max_seq_len > positions or plan.num_tokens > q.shape[0]:
+        raise ValueError(
+            "the plan is for (requests, heads, kv heads, head size, window) "
+            f"{made_for}, {plan.num_tokens} tokens and {plan.max_seq_len} positions, the call for "
+            f"{called_for}, {q.shape[0]} and {positions}"
+        )
 
 
 def _check_tables(block_tables: Tensor, seq_lens: Tensor) -> tuple[int, int]:

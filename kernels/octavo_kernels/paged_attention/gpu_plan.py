@@ -42,7 +42,7 @@ class AttentionPlan:
     A request of one partition is written to the output at once. Another one's partials wait in
     `partials_m`, `partials_l` [S] and `partials` [S, HP] float32 (HP = head size padded to a power
     of two; unnormalised, in base 2 as in `numerics`): row
-      partial_start + ((kv_head * (end - first) + partition - first) * query_len * G) + token * G + g
+      partial_start + (kv_head * (end - first) + partition - first) * query_len * G + token * G + g
     and are folded in ascending order by whoever finishes last, as `arrivals` [R * K] int32 tells
     (entry: row of `requests` * K + kv head; counts the units done, own <= partition < end).
 
@@ -216,9 +216,7 @@ def _check(query_start_loc: Tensor, seq_lens: Tensor, shared: Tensor | None) -> 
             f"{tuple(query_start_loc.shape)} and {tuple(seq_lens.shape)}"
         )
     if shared is not None and shared.shape != (num_requests,):
-        raise ValueError(
-            f"shared_partitions must be [{num_requests}], got {tuple(shared.shape)}"
-        )
+        raise ValueError(f"shared_partitions must be [{num_requests}], got {tuple(shared.shape)}")
     for name, tensor in (
         ("query_start_loc", query_start_loc),
         ("seq_lens", seq_lens),

@@ -86,9 +86,7 @@ def make_inputs(
     pairs = lengths(case)
     per_request = max([-(-present // case.block) for _, present in pairs], default=0)
     num_blocks = len(pairs) * per_request + 2
-    shape = kv_cache_shape(
-        num_blocks, block_size=case.block, num_kv_heads=case.K, head_dim=case.H
-    )
+    shape = kv_cache_shape(num_blocks, block_size=case.block, num_kv_heads=case.K, head_dim=case.H)
     order = torch.randperm(num_blocks, generator=generator)[: len(pairs) * per_request]
     tables = order.reshape(len(pairs), per_request).to(torch.int32)
     caches = [torch.randn(*shape, generator=generator) for _ in range(2)]
@@ -106,8 +104,9 @@ def make_inputs(
     cache_dtype = FP8 if case.fp8 else dtype
     inputs: dict[str, Any] = {
         # rows of T strided, as a view of qkv is
-        "q": torch.randn(int(starts[-1]), case.N + 3, case.H, generator=generator)
-        .to(device, dtype)[:, : case.N],
+        "q": torch.randn(int(starts[-1]), case.N + 3, case.H, generator=generator).to(
+            device, dtype
+        )[:, : case.N],
         "k_cache": caches[0].to(cache_dtype).to(device),
         "v_cache": caches[1].to(cache_dtype).to(device),
         "block_tables": tables.to(device),
@@ -165,13 +164,14 @@ def _bytes(case: Case, itemsize: int) -> float:
 
 def _flops(case: Case) -> float:
     pairs = 0
+    window = int(case.window)
     for query, present in lengths(case):
         for position in range(present - query, present):
-            pairs += min(position + 1, case.window) if case.window else position + 1
-    return 4.0 * pairs * case.N * case.H
+            pairs += min(position + 1, window) if window else position + 1
+    return float(4 * pairs * case.N * case.H)
 
 
-_GQA = {"N": 4, "K": 2, "H": 32}
+_GQA: dict[str, Any] = {"N": 4, "K": 2, "H": 32}
 
 SPEC = OpSpec(
     name="paged_attention_gpu",

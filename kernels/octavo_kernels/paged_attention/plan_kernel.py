@@ -51,7 +51,7 @@ def _read(
 def _is_decoded(few, need, needed_before, partial_rows):
     """Whether each request of a chunk is decoded, and where its partials begin."""
     begin = needed_before + tl.cumsum(need, 0) - need
-    return few & (begin + need <= partial_rows), begin
+    return few & ((need == 0) | (begin + need <= partial_rows)), begin
 
 
 @triton.jit
