@@ -19,6 +19,7 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -56,6 +57,8 @@ def _kind(arg: Any) -> str:
         return f"*{arg.dtype}"
     if isinstance(arg, TensorDescriptor):
         return f"tile {arg.base.dtype} {list(arg.block_shape)}"
+    if isinstance(arg, GluonDescriptor):
+        return f"tile {arg.base.dtype} {list(arg.block_shape)} {arg.layout}"
     if isinstance(arg, int) and not isinstance(arg, bool):
         return _KIND_OF_INT[not -(2**31) <= arg < 2**31]
     return type(arg).__name__ if arg is not None else "None"

@@ -34,6 +34,7 @@ class ModelShape:
     quantises_activations: bool = False  # for 8-bit weights
     has_zero_points: bool = False  # of 4-bit weights
     has_encoder: bool = False
+    num_drafts: int = 0  # tokens a step may verify beside its own
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
     norm_offset: int = 0  # 1: the weight is stored less one

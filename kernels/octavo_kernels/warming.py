@@ -26,6 +26,8 @@ from octavo_kernels.launch import Launch, collecting
 from octavo_kernels.shape import ModelShape
 
 if TYPE_CHECKING:
+    from octavo_kernels.paged_attention.gpu_plan import AttentionPlan
+    from octavo_kernels.paged_attention.shared_prefix import PrefixGroups
     from octavo_kernels.quant_matmul import QuantWeight
 
 
@@ -199,28 +201,72 @@ def _heads(shape: ModelShape, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _paged_attention(scene: Scene) -> None:
-    from octavo_kernels.paged_attention import gpu
+    from octavo_kernels.paged_attention import gpu, shared_prefix
 
     shape, batch = scene.shape, scene.batch
     q, _, _ = _heads(shape, scene.activations(batch.num_tokens, shape.qkv_width))
     k_cache, v_cache = scene.caches()
     blocks = scene.ints(range(scene.blocks_a_request)).expand(batch.num_requests, -1)
-    options: dict[str, Any] = {"soft_cap": shape.soft_cap, **scene.cache_scales()}
-    if shape.has_sinks:
-        options["sinks"] = scene.floats(shape.num_heads)
+    starts, seq_lens = scene.starts(), scene.ints(batch.seq_lens)
+    common: dict[str, Any] = {
+        "block_tables": blocks.contiguous(),
+        "scale": shape.head_dim**-0.5,
+        "soft_cap": shape.soft_cap,
+    }
+    scales = scene.cache_scales()
+    k_scale = {name: scale for name, scale in scales.items() if name == "k_scale"}
+    lengths = {"query_start_loc": starts, "seq_lens": seq_lens}
+    sinks = {"sinks": scene.floats(shape.num_heads)} if shape.has_sinks else {}
+    members = scene.ints(range(batch.num_requests))
     for window in {0, shape.sliding_window}:
-        gpu.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            block_tables=blocks.contiguous(),
-            query_start_loc=scene.starts(),
-            seq_lens=scene.ints(batch.seq_lens),
-            scale=shape.head_dim**-0.5,
-            max_query_len=max(batch.query_lens),
-            sliding_window=window,
-            **options,
-        )
+        plan, groups = _shared(scene, members, starts, seq_lens, window)
+        for prefixes in (None, groups):
+            if prefixes is not None:
+                shared_prefix.attend_shared_prefix(
+                    q, k_cache, v_cache, plan=plan, groups=prefixes, **common, **k_scale
+                )
+            gpu.paged_attention(
+                q,
+                k_cache,
+                v_cache,
+                max_query_len=max(batch.query_lens),
+                sliding_window=window,
+                plan=None if prefixes is None else plan,
+                **common,
+                **lengths,
+                **sinks,
+                **scales,
+            )
+
+
+def _shared(
+    scene: Scene, members: Tensor, starts: Tensor, seq_lens: Tensor, window: int
+) -> tuple[AttentionPlan, PrefixGroups]:
+    """A plan in which all requests have one prefix in common, of no partition."""
+    from octavo_kernels.paged_attention import gpu, shared_prefix
+
+    shape, batch = scene.shape, scene.batch
+    plan = gpu.make_plan(
+        starts,
+        seq_lens,
+        num_tokens=batch.num_tokens,
+        max_query_len=max(batch.query_lens),
+        max_seq_len=scene.blocks_a_request * shape.block_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        cache_dtype=shape.cache_dtype,
+        sliding_window=window,
+        shared_partitions=torch.zeros_like(members),
+    )
+    groups = shared_prefix.group_prefixes(
+        plan,
+        group_start_loc=scene.ints([0, batch.num_requests]),
+        members=members,
+        group_partitions=scene.ints([0]),
+        max_partitions=1,
+    )
+    return plan, groups
 
 
 def _quant_matmul(scene: Scene) -> None:
@@ -298,13 +344,26 @@ def _rotary_kv_write(scene: Scene) -> None:
 
 
 def _sampling(scene: Scene) -> None:
-    from octavo_kernels.sampling import gpu
+    from octavo_kernels.sampling import gpu, gpu_params
 
-    rows = scene.batch.num_requests
+    rows, vocab = scene.batch.num_requests, scene.shape.vocab
+    logits = scene.floats(rows, vocab)
     ones = torch.ones(rows, device=scene.device)
     numbers = scene.ints(range(rows), torch.int64)
+    slots = scene.ints(range(rows))
+    params = gpu_params.GpuLogitParams.create(
+        num_slots=rows, vocab_size=vocab, max_tokens=64, list_capacity=8, device=scene.device
+    )
+    gpu_params.load_slots(params, slots)
+    gpu_params.extend(params, slots=slots, tokens=numbers)
+    if scene.shape.num_drafts:
+        drawn = torch.zeros(
+            rows, 1 + scene.shape.num_drafts, dtype=torch.int64, device=scene.device
+        )
+        gpu_params.extend(params, slots=slots, tokens=drawn)
+    gpu_params.apply_logit_params(logits, params=params, rows=slots, slots=slots)
     gpu.sample(
-        scene.floats(rows, scene.shape.vocab),
+        logits,
         temperature=ones,
         top_k=scene.ints([5] * rows),
         top_p=ones,
@@ -312,6 +371,8 @@ def _sampling(scene: Scene) -> None:
         seeds=numbers,
         positions=numbers,
     )
+    for num_best in (0, 5):
+        gpu.topn_logprobs(logits, chosen=numbers, num_best=num_best)
 
 
 def _silu_mul(scene: Scene) -> None:

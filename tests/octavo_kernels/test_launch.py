@@ -102,13 +102,12 @@ with collecting() as found:
     for warps, block in ((1, 1024), (4, 1024), (1, 1000), (2, 1024), (8, 1024)):
         launch(scale_rows, (4,), x, x, 4, 2.0, D=1000, BLOCK=block, num_warps=warps)
 failed = compile_all(found, capability=90, processes=1)
-late = compile_all(found, capability=90, processes=1, seconds=0.0)
 with compiling_for(90):
     compiled = found[1].compile()
 used = resources(compiled)
 ptx = compiled.asm["ptx"]
 print(json.dumps({
-    "failed": failed, "late": late, "warps": used.warps, "stack": used.stack,
+    "failed": failed, "warps": used.warps, "stack": used.stack,
     "registers": used.registers, "sm_90": ".target sm_90" in ptx, "wide": "global.v4" in ptx,
 }))
 """
@@ -130,7 +129,6 @@ def test_launches_are_compiled_for_a_gpu_that_is_not_there(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert list(told["failed"]) == ["2"] and "power of 2" in told["failed"]["2"]
-    assert told["late"] == {str(i): "no time was left" for i in range(5)}
     assert told["warps"] == 4 and told["stack"] == 0 and 0 < told["registers"] < 100
     assert told["sm_90"] and told["wide"]
     assert len(list(tmp_path.glob("*/*.cubin"))) == 4

@@ -20,9 +20,7 @@ from octavo_kernels.launch import collecting
 from octavo_kernels.warming import Batch, Scene, decode, prefill
 
 PACKAGE = Path(octavo_kernels.__file__).parent
-LLAMA = ModelShape(
-    hidden=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn=14336, vocab=128256
-)
+LLAMA = ModelShape(hidden=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
 TINY = ModelShape(
     hidden=128, num_heads=6, num_kv_heads=2, head_dim=64, ffn=256, vocab=500, has_qk_norm=True
 )
@@ -44,6 +42,7 @@ ODD = ModelShape(
     sliding_window=100,
     soft_cap=30.0,
     has_sinks=True,
+    num_drafts=3,
 )
 
 
