@@ -200,8 +200,8 @@ def _store(out_ptr, rows, smem, row, tokens, head, group: gl.constexpr, N: gl.co
 @gluon.jit
 def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count, begin,
             end, full_from, full_to, low, keys, last, scale, q_ptr, next_row, next_tokens,
-            next_head, group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr, A: gl.constexpr,
-            S: gl.constexpr, FLAT: gl.constexpr,
+            next_head, group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr,
+            A: gl.constexpr, S: gl.constexpr, FLAT: gl.constexpr,
             PARTITION: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """The rows in q_smem against tiles [begin, end) of keys, the ring's from number `count` on.
 
@@ -229,9 +229,8 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
     x, m, l, alpha = softmax_tile(s, m, l, scale)
     p = gl.convert_layout(x.to(dtype), P)
     mbarrier.wait(v_full.index(count % STAGES), (count // STAGES) & 1)
-    if WINDOW > 0:
-        if low > begin * TILE:
-            _clear_unseen(v_smem.index(count % STAGES), low - begin * TILE, TILE, FLAT)
+    if low > begin * TILE:
+        _clear_unseen(v_smem.index(count % STAGES), low - begin * TILE, TILE, FLAT)
     for tile in range(begin + 1, end):
         before = count % STAGES
         count += 1
@@ -307,7 +306,7 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     round = 0
     while _turn(round) < items:
         # the item after this one: its rows of q are copied while this one ends
-        _, next_head, next_row, next_tokens, next_position, next_keys, next_begin, next_end = _item(
+        _, next_head, next_row, next_tokens, next_place, next_keys, next_begin, next_end = _item(
             gl.minimum(_turn(round + 1), items - 1), tiles_ptr, starts_ptr, lengths_ptr, max_keys,
             K, BLOCK_Q, TILE, CAUSAL, WINDOW,
         )  # fmt: skip
@@ -334,7 +333,7 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
             m, l, acc = fold_sink(m, l, acc, gl.load(sinks_ptr + h) * LOG2_E)
         rows = normalise(l, acc).to(q_smem.dtype)
         _store(out_ptr, rows, fold_smem, row, tokens, head, group, N, G, FLAT)
-        head, row, tokens, position = next_head, next_row, next_tokens, next_position
+        head, row, tokens, position = next_head, next_row, next_tokens, next_place
         keys, begin, end = next_keys, next_begin, next_end
         round += 1
     async_copy.wait_group(0)
