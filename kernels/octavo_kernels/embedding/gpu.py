@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from octavo_kernels.embedding.gpu_kernel import embedding_kernel
@@ -43,7 +42,7 @@ def embedding(
         raise ValueError(f"embedding was given out of {out.dtype} and out_dtype {out_dtype}")
     launch(
         embedding_kernel,
-        (num_tokens, triton.cdiv(dim, _BLOCK)),
+        (num_tokens, -(-dim // _BLOCK)),
         ids,
         weight,
         out,

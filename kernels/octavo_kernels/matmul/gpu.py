@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypedDict
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -211,7 +210,7 @@ def by_tile(
     """`linear` by the given tile into out, whose shape and dtype are right."""
     num_rows, k = x.shape
     n = out.shape[1]
-    tiles = triton.cdiv(num_rows, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
+    tiles = _parts(num_rows, tile["BLOCK_M"]) * _parts(n, tile["BLOCK_N"])
     options: dict[str, Any] = {**tile, "K": k, "HAS_BIAS": bias is not None}
     kernels: tuple[Any, Any] = linear_kernel, gated_linear_kernel
     inputs: tuple[Any, Any] = x, weight
@@ -249,6 +248,10 @@ def _is_for_copy_engine(tensor: Tensor) -> bool:
 @functools.cache
 def _is_hopper() -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _parts(size: int, block: int) -> int:
+    return -(-size // block)  # triton.cdiv takes microseconds on the host
 
 
 def shared_bytes(tile: Choice, gated: bool) -> int:
@@ -319,7 +322,7 @@ def finish(
     num_rows, n = out.shape
     launch(
         finish_kernel,
-        (num_rows, triton.cdiv(n, _FINISH_BLOCK)),
+        (num_rows, _parts(n, _FINISH_BLOCK)),
         product,
         bias,
         residual,
