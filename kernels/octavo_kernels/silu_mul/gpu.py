@@ -35,6 +35,8 @@ def gelu_mul(x: Tensor, *, out: Tensor | None = None, use_pdl: bool = False) -> 
 def default_choice(width: int) -> Choice:
     """What launches take where nothing was measured: two 16-byte loads each of gate and up."""
     block = min(max(1 << (width - 1).bit_length(), 128), 2048)
+    while block > 512 and width % block:
+        block //= 2
     return {"block": block, "num_warps": max(block // 512, 1)}
 
 

@@ -22,8 +22,8 @@ def _width(key: str) -> int:
 def _candidates(key: str) -> Iterable[Choice]:
     first = default_choice(_width(key))
     yield first
-    for block in (1024, 2048, 4096):
-        for num_warps in (2, 4, 8):
+    for block in (512, 1024, 2048, 4096):
+        for num_warps in (1, 2, 4, 8):
             choice = {"block": block, "num_warps": num_warps}
             if 8 <= block // (32 * num_warps) <= 32 and choice != first:
                 yield choice
@@ -58,5 +58,6 @@ TUNABLES = (
         keys=("F1536", "F3072", "F4096", "F8192", "F14336"),
         candidates=_candidates,
         make=_make,
+        rotate=4,
     ),
 )
