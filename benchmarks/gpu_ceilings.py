@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import traceback
+from collections.abc import Callable
 
 import torch
 
@@ -20,18 +21,16 @@ def run_ceilings(recorder: Recorder, *, is_short: bool) -> None:
     seconds = 0.3 if is_short else 1.5
     source = torch.empty(_GIB, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    with recorder.case("copy", "1 GiB"):
-        recorder.measure(
-            "copy", "1 GiB", [lambda: target.copy_(source)], bytes_moved=2 * _GIB, seconds=seconds
-        )
     words = source.view(torch.float32)
-    with recorder.case("read", "1 GiB"):
-        recorder.measure("read", "1 GiB", [lambda: words.sum()], bytes_moved=_GIB, seconds=seconds)
     a, b = (torch.randn(_N, _N, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    with recorder.case("matmul_bf16_8192", "cuBLAS"):
-        recorder.measure(
-            "matmul_bf16_8192", "cuBLAS", [lambda: a @ b], flops=2 * _N**3, seconds=seconds
-        )
+    calls: tuple[tuple[str, str, Callable[[], object], dict[str, float]], ...] = (
+        ("copy", "1 GiB", lambda: target.copy_(source), {"bytes_moved": 2.0 * _GIB}),
+        ("read", "1 GiB", lambda: words.sum(), {"bytes_moved": _GIB}),
+        ("matmul_bf16_8192", "cuBLAS", lambda: torch.mm(a, b), {"flops": 2.0 * _N**3}),
+    )
+    for op, case, call, amount in calls:
+        with recorder.case(op, case):
+            recorder.measure_issued(op, case, call, seconds=seconds, **amount)
 
 
 def run_compile(recorder: Recorder, *, is_short: bool) -> None:

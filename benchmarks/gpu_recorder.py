@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu_rows import ceilings_of, read_rows, row_of
 from benchmarks.machine import passport
-from octavo_kernels.benchmarking import Captured, timings
+from octavo_kernels.benchmarking import Captured, Issued, timings
 
 Calls = Sequence[Callable[[], Any]]  # on input sets of their own, taken in turn
 
@@ -111,7 +111,8 @@ class Recorder:
 
         A baseline that fails is left out and named in the row.
         """
-        graphs, absent = {"octavo": Captured(calls)}, {}
+        graphs: dict[str, Captured | Issued] = {"octavo": Captured(calls)}
+        absent = {}
         for name, contender in (baselines or {}).items():
             try:
                 graphs[name] = Captured(contender)
@@ -123,6 +124,13 @@ class Recorder:
         if absent:
             fields["absent"] = absent
         return self.keep_times(op, case, own, baselines=times, replays=own["calls"], **fields)
+
+    def measure_issued(
+        self, op: str, case: str, call: Callable[[], Any], *, seconds: float, **fields: Any
+    ) -> dict[str, Any]:
+        """Times a long call outside graphs; the row, kept."""
+        times = dataclasses.asdict(timings({"octavo": Issued(call)}, seconds=seconds)[0])
+        return self.keep_times(op, case, times, replays=times["calls"], **fields)
 
     def keep_times(
         self, op: str, case: str, seconds: Mapping[str, float], **fields: Any

@@ -88,7 +88,8 @@ class Captured:
     def _capture(self, calls: Sequence[Callable[[], Any]]) -> float:
         # By hand: torch.cuda.graph() also collects garbage and empties the allocator's cache, which
         # takes longer than a tuner's timing.
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream  # untyped in some versions
+        stream = stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Another thread may allocate meanwhile.
@@ -104,23 +105,41 @@ class Captured:
 
     def seconds(self) -> float:
         """Of one call, in one replay."""
-        event: Any = torch.cuda.Event
-        start, end = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / self.num_calls
+        return _between_events(self._graph.replay) / self.num_calls
 
 
-def timings(captured: Mapping[str, Captured], *, seconds: float) -> list[Timing]:
-    """Of captured calls, replayed in turn for about `seconds` in all, 9 times at least."""
-    taken: dict[str, list[float]] = {name: [] for name in captured}
+class Issued:
+    """One call, not captured: for what takes much longer than its launch.
+
+    In a graph a copy between two tensors becomes the copy engine's, which is slower than a kernel.
+    """
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self.seconds()
+
+    def seconds(self) -> float:
+        return _between_events(self._call)
+
+
+def _between_events(work: Callable[[], Any]) -> float:
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def timings(contenders: Mapping[str, Captured | Issued], *, seconds: float) -> list[Timing]:
+    """Of contenders that run in turn for about `seconds` in all, 9 times at least."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < _MIN_REPLAYS or time.perf_counter() < end:
-        for name, graph in captured.items():
-            taken[name].append(graph.seconds())
+        for name, contender in contenders.items():
+            taken[name].append(contender.seconds())
         rounds += 1
     return [summary(name, values) for name, values in taken.items()]
 

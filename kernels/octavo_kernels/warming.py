@@ -215,8 +215,8 @@ def _paged_attention(scene: Scene) -> None:
     }
     scales = scene.cache_scales()
     k_scale = {name: scale for name, scale in scales.items() if name == "k_scale"}
-    lengths = {"query_start_loc": starts, "seq_lens": seq_lens}
-    sinks = {"sinks": scene.floats(shape.num_heads)} if shape.has_sinks else {}
+    lengths: dict[str, Any] = {"query_start_loc": starts, "seq_lens": seq_lens}
+    sinks: dict[str, Any] = {"sinks": scene.floats(shape.num_heads)} if shape.has_sinks else {}
     members = scene.ints(range(batch.num_requests))
     for window in {0, shape.sliding_window}:
         plan, groups = _shared(scene, members, starts, seq_lens, window)
