@@ -24,6 +24,7 @@ MAX_VOCAB = 2**21
 FEW_ROWS = 4
 _WEIGH_TILE = 4096
 _SCORE_TILE = 8192
+_LEVELS = 16
 
 
 def _subs(vocab_size: int) -> int:
@@ -43,6 +44,7 @@ class GpuWorkspace:
     peaks: Tensor  # [R, subtiles] int32
     bounds: Tensor  # [R, subtiles] float32
     masses: Tensor  # [R, tiles] int64
+    levels: Tensor  # [R, tiles * 16] float32: mass at or above each of 16 logits
     subs: Tensor  # [R, subtiles] int32
     values: Tensor  # [R, CAPACITY] of the logits' dtype
     ids: Tensor  # [R, CAPACITY] int32
@@ -52,7 +54,7 @@ class GpuWorkspace:
     def create(
         cls, max_rows: int, *, vocab_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> GpuWorkspace:
-        """About 36 KB a row (float32 logits, 128k tokens)."""
+        """About 40 KB a row (float32 logits, 128k tokens)."""
         subs = _subs(vocab_size)
         tiles = -(-vocab_size // _WEIGH_TILE)
 
@@ -65,6 +67,7 @@ class GpuWorkspace:
             peaks=empty(subs, torch.int32),
             bounds=empty(subs, torch.float32),
             masses=empty(tiles, torch.int64),
+            levels=empty(tiles * _LEVELS, torch.float32),
             subs=empty(subs, torch.int32),
             values=empty(CAPACITY, dtype),
             ids=empty(CAPACITY, torch.int32),
@@ -107,7 +110,7 @@ def survey_default(num_rows: int) -> Choice:
 
 def cut_default() -> Choice:
     """Warps, subtiles gathered at a time and candidates of a pass of `cut`."""
-    return {"num_warps": 8, "group": 8, "block": 1024}
+    return {"num_warps": 8, "group": 4, "block": 1024}
 
 
 def read_all(
@@ -212,6 +215,7 @@ def weigh_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace) 
         *filters,
         work.peaks,
         work.masses,
+        work.levels,
         VOCAB=vocab_size,
         NUM_SUBS=num_subs,
         SUBS_PAD=_power(num_subs),
@@ -239,6 +243,7 @@ def cut_rows(
         *filters,
         work.peaks,
         work.masses,
+        work.levels,
         work.subs,
         work.values,
         work.ids,

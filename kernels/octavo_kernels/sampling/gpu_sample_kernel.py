@@ -2,8 +2,9 @@
 
 `survey` reads all logits once: each subtile's peak and, for rows that race over everything, a
 bound of what its tokens can score. `weigh` sums the weights of rows whose top_p has no top_k
-before it. `cut` finds a row's least kept key among few gathered candidates. `draw` races: a
-token's score is its weight over its draw. Sums are of integers, hence exact in any order.
+before it, roughly also above 16 levels. `cut` finds a row's least kept key among few gathered
+candidates: those above the k-th best subtile's peak, or between the levels where the mass is
+reached. Sums that decide are of integers, hence exact in any order.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from octavo_kernels.sampling.gpu_numbers_kernel import (
 )
 
 NEVER = tl.constexpr(float("-inf"))
+LEVELS = tl.constexpr(16)
 STEEP = tl.constexpr(1e30)  # a scale above which scores are not bounded, as they might overflow
 
 
@@ -35,12 +37,13 @@ def _load_sub(logits_ptr, row, blocks, word: tl.constexpr, VOCAB: tl.constexpr):
     """Subtile `word` of each block of 1024 tokens: [blocks, 256] float32, -inf past the end."""
     token = blocks[:, None] * 1024 + word * SUB + tl.arange(0, SUB)[None, :]
     at = logits_ptr + row * VOCAB + token
-    return tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
+    x = tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
+    return tl.where(x != x, float("inf"), x)  # either fails the row
 
 
 @triton.jit
-def _bound(x, bits, scale):
-    """log2 of a score, or up to 0.09 above it if the score is a likely winner's.
+def _bound(x, peaks, bits, scale):
+    """log2 of a subtile's best score, or up to 0.09 above it if that is a likely winner's.
 
     A draw is at least 1 - u, and the bits of a float, read as an integer, never lie above its
     logarithm on a scale of 2^23.
@@ -48,9 +51,9 @@ def _bound(x, bits, scale):
     rest = (bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5  # (1 - u) * 2^32
     low = (rest.to(tl.int32, bitcast=True) >> 8) | 0x4B000000  # the integer above 2^23
     low = low.to(tl.float32, bitcast=True)
-    high = tl.fma(low, -3.0517578125e-05, x * scale + 415.0)
-    high = tl.where(scale > STEEP, float("inf"), high)
-    return tl.max(tl.where(x == NEVER, NEVER, high), 1)
+    high = tl.max(tl.fma(low, -3.0517578125e-05, tl.fma(x, scale, 415.0)), 1)
+    steep = tl.where(peaks > NEVER, float("inf"), high)
+    return tl.where(scale > STEEP, steep, high)
 
 
 @jit
@@ -75,12 +78,13 @@ def survey(
     x1 = _load_sub(logits_ptr, row, blocks, 1, VOCAB)
     x2 = _load_sub(logits_ptr, row, blocks, 2, VOCAB)
     x3 = _load_sub(logits_ptr, row, blocks, 3, VOCAB)
+    p0, p1, p2, p3 = tl.max(x0, 1), tl.max(x1, 1), tl.max(x2, 1), tl.max(x3, 1)
     subs = blocks * 4
     at = peaks_ptr + row * NUM_SUBS + subs
-    tl.store(at, tl.max(order_key(x0), 1), mask=subs < NUM_SUBS)
-    tl.store(at + 1, tl.max(order_key(x1), 1), mask=subs + 1 < NUM_SUBS)
-    tl.store(at + 2, tl.max(order_key(x2), 1), mask=subs + 2 < NUM_SUBS)
-    tl.store(at + 3, tl.max(order_key(x3), 1), mask=subs + 3 < NUM_SUBS)
+    tl.store(at, order_key(p0), mask=subs < NUM_SUBS)
+    tl.store(at + 1, order_key(p1), mask=subs + 1 < NUM_SUBS)
+    tl.store(at + 2, order_key(p2), mask=subs + 2 < NUM_SUBS)
+    tl.store(at + 3, order_key(p3), mask=subs + 3 < NUM_SUBS)
     if DRAWS:
         temperature = tl.load(temperature_ptr + row)
         listed = lists_candidates(tl.load(top_k_ptr + row), NUM_SUBS, VOCAB)
@@ -90,10 +94,10 @@ def survey(
             counter = (blocks[:, None] * SUB + tl.arange(0, SUB)[None, :]).to(tl.uint32)
             w0, w1, w2, w3 = philox(counter, c2, c3, k0, k1)
             to = bounds_ptr + row * NUM_SUBS + subs
-            tl.store(to, _bound(x0, w0, scale), mask=subs < NUM_SUBS)
-            tl.store(to + 1, _bound(x1, w1, scale), mask=subs + 1 < NUM_SUBS)
-            tl.store(to + 2, _bound(x2, w2, scale), mask=subs + 2 < NUM_SUBS)
-            tl.store(to + 3, _bound(x3, w3, scale), mask=subs + 3 < NUM_SUBS)
+            tl.store(to, _bound(x0, p0, w0, scale), mask=subs < NUM_SUBS)
+            tl.store(to + 1, _bound(x1, p1, w1, scale), mask=subs + 1 < NUM_SUBS)
+            tl.store(to + 2, _bound(x2, p2, w2, scale), mask=subs + 2 < NUM_SUBS)
+            tl.store(to + 3, _bound(x3, p3, w3, scale), mask=subs + 3 < NUM_SUBS)
 
 
 @triton.jit
@@ -101,6 +105,12 @@ def load_peaks(peaks_ptr, row, NUM_SUBS: tl.constexpr, SUBS_PAD: tl.constexpr):
     """[SUBS_PAD] peaks of a row, NO_KEY past the end."""
     subs = tl.arange(0, SUBS_PAD)
     return tl.load(peaks_ptr + row * NUM_SUBS + subs, mask=subs < NUM_SUBS, other=NO_KEY)
+
+
+@triton.jit
+def level_value(level, peak, temperature):
+    """The logit of a level: its tokens weigh about exp(-1 - level)."""
+    return peak - temperature * (level + 1.0)
 
 
 @jit
@@ -112,6 +122,7 @@ def weigh(
     min_p_ptr,  # [S] float32
     peaks_ptr,  # [S, NUM_SUBS] int32
     masses_ptr,  # [S, NUM_TILES] int64, out, for rows with top_p and without top_k
+    levels_ptr,  # [S, NUM_TILES, LEVELS] float32, out: mass at or above each level, to 1e-5
     VOCAB: tl.constexpr,
     NUM_SUBS: tl.constexpr,
     SUBS_PAD: tl.constexpr,
@@ -124,15 +135,19 @@ def weigh(
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     has_k = (top_k > 0) & (top_k < VOCAB)
-    most = tl.max(load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD), 0)
-    wanted = (temperature > 0.0) & (tl.load(top_p_ptr + row) < 1.0) & (has_k == 0)
-    if wanted & (most < MAX_KEY) & (most > MIN_KEY):
-        token = tile * TILE + tl.arange(0, TILE)
-        at = logits_ptr + row * VOCAB + token
-        x = tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
-        w = weight(x, key_value(most), temperature)
-        mass = tl.where(w >= tl.load(min_p_ptr + row), fixed_point(w), 0)
-        tl.store(masses_ptr + row * NUM_TILES + tile, tl.sum(mass, 0))
+    if (temperature > 0.0) & (tl.load(top_p_ptr + row) < 1.0) & (has_k == 0):
+        most = tl.max(load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD), 0)
+        if (most < MAX_KEY) & (most > MIN_KEY):
+            token = tile * TILE + tl.arange(0, TILE)
+            at = logits_ptr + row * VOCAB + token
+            x = tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
+            w = weight(x, key_value(most), temperature)
+            w = tl.where(w >= tl.load(min_p_ptr + row), w, 0.0)
+            tl.store(masses_ptr + row * NUM_TILES + tile, tl.sum(fixed_point(w), 0))
+            to = levels_ptr + (row * NUM_TILES + tile) * LEVELS
+            for level in tl.static_range(LEVELS):
+                reached = x >= level_value(level, key_value(most), temperature)
+                tl.store(to + level, tl.sum(tl.where(reached, w, 0.0), 0))
 
 
 @triton.jit
@@ -156,6 +171,7 @@ def _gather(
     ids_ptr,
     peaks,
     cut_key,
+    end_key,
     cut_weight,
     peak,
     temperature,
@@ -164,7 +180,10 @@ def _gather(
     CAPACITY: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Lists, by ascending id, the tokens at or above both cuts; their number, if all fit."""
+    """Lists, by ascending id, the tokens at or above both cuts and below end_key.
+
+    Returns their number, -1 if they do not fit, and the mass of the tokens from end_key on.
+    """
     # Weights may fall by an ulp where keys rise, hence the slack.
     tops = key_value(tl.maximum(peaks, MIN_KEY))
     reach = weight(tops, peak, temperature) >= cut_weight * 0.999
@@ -175,6 +194,7 @@ def _gather(
     lanes = tl.arange(0, GROUP * SUB)
     count = num_subs * 0
     start = num_subs * 0
+    above = count.to(tl.int64)
     while (start < num_subs) & (count <= CAPACITY):
         place = start + lanes // SUB
         sub = tl.load(subs_ptr + place, mask=place < num_subs, other=0)
@@ -182,16 +202,21 @@ def _gather(
         real = (place < num_subs) & (token < VOCAB)
         raw = tl.load(row_ptr + token, mask=real, other=NEVER)
         x = raw.to(tl.float32)
-        stays = real & (order_key(x) >= cut_key) & (weight(x, peak, temperature) >= cut_weight)
+        key = order_key(x)
+        w = weight(x, peak, temperature)
+        stays = real & (key >= cut_key) & (w >= cut_weight)
+        above += tl.sum(tl.where(stays & (key >= end_key), fixed_point(w), 0), 0)
+        stays = stays & (key < end_key)
         ones = stays.to(tl.int32)
         to = count + tl.cumsum(ones, 0) - 1
-        fits = stays & (to < CAPACITY)
-        tl.store(values_ptr + to, raw, mask=fits)
-        tl.store(ids_ptr + to, token, mask=fits)
+        has_room = stays & (to < CAPACITY)
+        tl.store(values_ptr + to, raw, mask=has_room)
+        tl.store(ids_ptr + to, token, mask=has_room)
         count += tl.sum(ones, 0)
         start += GROUP
     tl.debug_barrier()
-    return tl.where(count <= CAPACITY, count, -1)
+    fits = count <= CAPACITY
+    return tl.where(fits, count, -1), tl.where(fits, above, 0)
 
 
 @triton.jit
@@ -246,6 +271,31 @@ def _search(
     return lo.to(tl.int32)
 
 
+@triton.jit
+def _needed(top_p, total):
+    """The fixed-point mass that kept tokens must reach."""
+    target = top_p.to(tl.float64) * total.to(tl.float64)
+    needed = target.to(tl.int64)
+    return tl.maximum(needed + (needed.to(tl.float64) < target).to(tl.int64), 1)
+
+
+@triton.jit
+def _between_levels(
+    levels_ptr, needed, peak, temperature, NUM_TILES: tl.constexpr, TILES_PAD: tl.constexpr
+):
+    """A key at or above which there is surely enough mass, and one where there surely is not."""
+    tile = tl.arange(0, TILES_PAD)[:, None]
+    level = tl.arange(0, LEVELS)
+    at = levels_ptr + tile * LEVELS + level[None, :]
+    sums = tl.sum(tl.load(at, mask=tile < NUM_TILES, other=0.0), 0)
+    mass = sums.to(tl.float64) * 1099511627776.0
+    keys = order_key(level_value(level.to(tl.float32), peak, temperature))
+    enough = mass >= needed.to(tl.float64) * 1.0001
+    lacking = mass <= needed.to(tl.float64) * 0.9999
+    low = tl.max(tl.where(enough, keys, MIN_KEY), 0)
+    return low, tl.min(tl.where(lacking, keys, MAX_KEY), 0)
+
+
 @jit
 def cut(
     logits_ptr,  # [S, V]
@@ -255,6 +305,7 @@ def cut(
     min_p_ptr,  # [S] float32
     peaks_ptr,  # [S, NUM_SUBS] int32
     masses_ptr,  # [S, NUM_TILES] int64
+    levels_ptr,  # [S, NUM_TILES, LEVELS] float32
     subs_ptr,  # [S, NUM_SUBS] int32, scratch
     values_ptr,  # [S, CAPACITY], out: gathered candidates
     ids_ptr,  # [S, CAPACITY] int32, out: their tokens
@@ -283,24 +334,30 @@ def cut(
     if wanted & (most < MAX_KEY) & (most > MIN_KEY):
         peak = key_value(most)
         row_ptr = logits_ptr + row * VOCAB
-        total = temperature.to(tl.int64) * 0
+        needed = tl.cast(1, tl.int64)
+        end_key = top_k * 0 + MAX_KEY
         cut_weight = least
         if has_k:
             if top_k <= NUM_SUBS:
                 cut_key = _peaks_bound(peaks, top_k, most)
         else:
             tiles = tl.arange(0, TILES_PAD)
-            total = tl.sum(
-                tl.load(masses_ptr + row * NUM_TILES + tiles, mask=tiles < NUM_TILES, other=0), 0
-            )
+            at = masses_ptr + row * NUM_TILES + tiles
+            total = tl.sum(tl.load(at, mask=tiles < NUM_TILES, other=0), 0)
+            needed = _needed(top_p, total)
             # All that lie below can hold no more than the mass which top_p drops.
             share = 0.99 * (1.0 - top_p.to(tl.float64)) * total.to(tl.float64)
             cut_weight = tl.maximum(least, (share / (1099511627776.0 * VOCAB)).to(tl.float32))
+            cut_key, end_key = _between_levels(
+                levels_ptr + row * NUM_TILES * LEVELS, needed, peak, temperature,
+                NUM_TILES, TILES_PAD,
+            )  # fmt: skip
         count = top_k * 0 + VOCAB
+        above = tl.cast(0, tl.int64)
         if (has_k == 0) | (top_k <= NUM_SUBS):
-            listed = _gather(
+            listed, above = _gather(
                 row_ptr, subs_ptr + row * NUM_SUBS, values_ptr + row * CAPACITY,
-                ids_ptr + row * CAPACITY, peaks, cut_key, cut_weight, peak, temperature,
+                ids_ptr + row * CAPACITY, peaks, cut_key, end_key, cut_weight, peak, temperature,
                 VOCAB, SUBS_PAD, CAPACITY, GROUP,
             )  # fmt: skip
         source_ptr = row_ptr
@@ -317,12 +374,10 @@ def cut(
                 total = _mass_above(
                     source_ptr, count, cut_key, cut_weight, peak, temperature, BLOCK
                 )
-            target = top_p.to(tl.float64) * total.to(tl.float64)
-            needed = target.to(tl.int64)
-            needed += (needed.to(tl.float64) < target).to(tl.int64)
+                needed = _needed(top_p, total)
             cut_key = _search(
-                source_ptr, count, tl.maximum(needed, 1), cut_key, most, cut_weight, peak,
-                temperature, True, BLOCK,
+                source_ptr, count, needed - above, cut_key, tl.minimum(most, end_key - 1),
+                cut_weight, peak, temperature, True, BLOCK,
             )  # fmt: skip
     tl.store(cuts_ptr + row * 2, cut_key)
     tl.store(cuts_ptr + row * 2 + 1, listed)

@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # Groups of 1024 tokens and warps
 _SURVEYS = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (4, 4), (4, 8), (8, 4), (8, 8))
 # Warps, subtiles gathered at a time, candidates of a pass
-_CUTS = ((4, 4, 512), (4, 4, 1024), (4, 8, 1024), (8, 8, 1024), (8, 16, 1024), (8, 8, 2048))
+_CUTS = ((4, 2, 512), (4, 4, 512), (4, 2, 1024), (8, 2, 1024), (8, 4, 1024), (8, 4, 2048))
 
 
 def _dtype(key: str) -> torch.dtype:
