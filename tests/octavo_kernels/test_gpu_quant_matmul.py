@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo_kernels.launch import collecting
 from octavo_kernels.quant_matmul import gpu, quant_matmul
 from octavo_kernels.quant_matmul.reference import dequantise, quantise_reference
 from octavo_kernels.quant_matmul.weight import (
@@ -38,16 +39,14 @@ MODES = [(name, False) for name in PACKS] + [(name, True) for name in EIGHT_BITS
 # BLOCK_N, BLOCK_M, UNROLL, X_FIRST, warps, stages; 64 rows of weight first and 4 warps are wgmma
 TILES = [
     (16, 16, 1, 1, 2, 4),
-    (32, 16, 1, 1, 4, 5),
     (32, 16, 2, 0, 2, 3),
-    (32, 32, 2, 0, 4, 2),
+    (32, 16, 1, 1, 4, 5),
     (64, 16, 1, 0, 4, 4),
     (64, 64, 2, 0, 4, 2),
-    (128, 64, 1, 0, 8, 3),
     (128, 128, 1, 0, 8, 3),
 ]
 if DEVICE == "cpu":
-    TILES = [TILES[1], TILES[2], TILES[4], TILES[5]]  # the interpreter knows no warps and no stages
+    TILES = TILES[1:5]  # the interpreter knows no warps and no stages
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -183,10 +182,32 @@ def test_tiles_do_not_change_bits(name: str, quantised: bool) -> None:
     _check_tiles(name, quantised, num_rows=19, n=40, k=256, dtype=torch.bfloat16)
 
 
+AT_SIZE = [(name, a8, 1024, 14336, torch.bfloat16) for name, a8 in MODES]
+AT_SIZE += [(name, a8, 1536, 576, torch.float16) for name, a8 in MODES if "zero" not in name]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """Fills the disk cache by many processes: one by one, compiling takes minutes."""
+    from octavo_kernels.compiling import compile_all, distinct  # not for the interpreter
+
+    with collecting() as found:
+        for name, a8, n, k, dtype in AT_SIZE:
+            weight = PACKS[name](torch.empty(n, k, device="meta"))
+            x = torch.empty(300, k, dtype=dtype, device="meta")
+            for choice in tiles_for(name, a8):
+                gpu.quant_matmul(
+                    x, weight, quantise_activations=a8, out_dtype=torch.float32, choice=choice
+                )
+            for num_rows in (16, 64, 300):
+                gpu.quant_matmul(x[:num_rows], weight, quantise_activations=a8)
+    major, minor = torch.cuda.get_device_capability()
+    assert compile_all(distinct(found), capability=10 * major + minor) == {}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 14336), (1536, 576)])
-@pytest.mark.parametrize(("name", "quantised"), MODES)
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("name", "quantised", "n", "k", "dtype"), AT_SIZE)
 def test_tiles_and_batches_do_not_change_bits_at_size(
     name: str, quantised: bool, n: int, k: int, dtype: torch.dtype
 ) -> None:

@@ -9,6 +9,7 @@ of the weight or more.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -187,6 +188,11 @@ def _check_input(x: Tensor | QuantActivations, weight: QuantWeight) -> None:
         raise ValueError(f"x is on {data.device}, the weight [{n}, {k}] on {weight.data.device}")
 
 
+@functools.cache
+def _has_fp8_products(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _launch(
     x: Tensor | QuantActivations,
     weight: QuantWeight,
@@ -196,8 +202,11 @@ def _launch(
     num_rows = tail[2].shape[0]
     num_groups = weight.data.shape[0]
     wgmma = options["BLOCK_N"] >= 64 and options["num_warps"] >= 4 and not options["X_FIRST"]
-    if isinstance(x, QuantActivations) and weight.kind == "fp8" and not wgmma:
-        raise ValueError(f"fp8 activations need 64 rows of weight first, got {options}")
+    if isinstance(x, QuantActivations) and weight.kind == "fp8":
+        if not _has_fp8_products(weight.data.device):
+            raise ValueError("this GPU multiplies no fp8: give float activations")
+        if not wgmma:
+            raise ValueError(f"fp8 activations need 64 rows of weight first, got {options}")
     if num_groups % options["UNROLL"]:
         options["UNROLL"] = 1
     tiles = triton.cdiv(num_rows, options["BLOCK_M"]) * triton.cdiv(weight.n, options["BLOCK_N"])

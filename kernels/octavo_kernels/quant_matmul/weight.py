@@ -100,6 +100,14 @@ class QuantActivations:
     scale: Tensor
     k: int
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("fp8", "int8"):
+            raise ValueError(f"activations are fp8 or int8, got {self.kind!r}")
+        num_rows, num_groups = self.data.shape[0], -(-self.k // GROUP)
+        _require("data", self.data, (torch.uint8,), (num_rows, num_groups, GROUP))
+        is_grouped = self.kind == "fp8" and self.scale.dim() == 2 and self.scale.shape[1] > 1
+        _require("scale", self.scale, (torch.float32,), (num_rows, num_groups if is_grouped else 1))
+
 
 def _require(
     name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
