@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.gpu_recorder import Recorder, times_to_fill
 from benchmarks.gpu_rows import FA3_DECODE_US, FA3_PREFILL_TFLOP_S
 from octavo_kernels.paged_attention import gpu, prefill, prefill_hopper
-from octavo_kernels.paged_attention.gpu_plan import make_plan
+from octavo_kernels.paged_attention.gpu_plan import AttentionPlan, make_plan
 
 NUM_HEADS, NUM_KV_HEADS = 32, 8
 DECODE_CELLS = (
@@ -76,15 +77,11 @@ class Cell:
         blocks = torch.randperm(self.requests * self.length // self.block_size, device="cuda")
         return blocks.to(torch.int32).view(self.requests, -1)
 
-    def arguments(self) -> dict[str, Any]:
-        """Everything of a call but the caches: one plan and one query for all layers."""
-        starts = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda") * self.query_len
-        seq_lens = torch.full((self.requests,), self.length, dtype=torch.int32, device="cuda")
-        num_tokens = self.requests * self.query_len
-        plan = make_plan(
+    def plan(self, starts: Tensor, seq_lens: Tensor) -> AttentionPlan:
+        return make_plan(
             starts,
             seq_lens,
-            num_tokens=num_tokens,
+            num_tokens=self.requests * self.query_len,
             max_query_len=self.query_len,
             max_seq_len=self.length,
             num_heads=NUM_HEADS,
@@ -92,17 +89,26 @@ class Cell:
             head_dim=self.head_dim,
             cache_dtype=self.cache_dtype,
         )
-        sizes = (num_tokens, NUM_HEADS, self.head_dim)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """query_start_loc and seq_lens."""
+        starts = torch.arange(self.requests + 1, dtype=torch.int32, device="cuda") * self.query_len
+        return starts, torch.full((self.requests,), self.length, dtype=torch.int32, device="cuda")
+
+    def arguments(self) -> dict[str, Any]:
+        """Everything of a call but the caches: one plan and one query for all layers."""
+        starts, seq_lens = self.lengths()
+        sizes = (self.requests * self.query_len, NUM_HEADS, self.head_dim)
         return {
             "q": torch.randn(sizes, dtype=torch.bfloat16, device="cuda"),
-            "plan": plan,
+            "plan": self.plan(starts, seq_lens),
             "block_tables": self.table(),
             "query_start_loc": starts,
             "seq_lens": seq_lens,
             "scale": self.head_dim**-0.5,
         }
 
-    def decode_calls(self, num_layers: int) -> list[Callable[[], Any]]:
+    def decode_calls(self, num_layers: int) -> list[functools.partial[Tensor]]:
         """The op on caches of several layers."""
         arguments = {**self.arguments(), "max_query_len": self.query_len}
         if self.cache_dtype == torch.float8_e4m3fn:
@@ -137,6 +143,43 @@ def run_decode(recorder: Recorder, *, is_short: bool) -> None:
                 _decode(recorder, seconds, medians, requests, length, head_dim, block_size)
     for block_size in (16, 64):
         _decode(recorder, seconds, medians, 64, 4096, 128, block_size, torch.float8_e4m3fn)
+    _fp8_error(recorder)
+    _plans(recorder, seconds)
+
+
+def _plans(recorder: Recorder, seconds: float) -> None:
+    """What dividing a step's work costs, once for all layers."""
+    for requests in (1, 64, 256):
+        cell = Cell(requests=requests, length=4096, query_len=1, head_dim=128, block_size=16)
+        case = f"{requests} requests of 4k"
+        with recorder.case("attention_plan", case):
+            call = functools.partial(cell.plan, *cell.lengths())
+            recorder.measure("attention_plan", case, [call], seconds=seconds)
+
+
+def _fp8_error(recorder: Recorder) -> None:
+    """What an e4m3 cache costs in accuracy: the same values rounded, beside the bf16 cache's."""
+    cell = Cell(requests=8, length=4096, query_len=1, head_dim=128, block_size=16)
+    with recorder.case("decode_attention", "d128 8x4k, fp8 beside bf16"):
+        call = cell.decode_calls(1)[0]
+        caches = {name: call.keywords[name] for name in ("k_cache", "v_cache")}
+        scales = {}
+        for name, cache in caches.items():
+            wide = cache.float()
+            scale = wide.abs().amax((0, 2, 3)) / 448
+            caches[name] = (wide / scale[:, None, None]).to(torch.float8_e4m3fn)
+            scales[name.replace("cache", "scale")] = scale
+        plan = dataclasses.replace(cell, cache_dtype=torch.float8_e4m3fn).plan(*cell.lengths())
+        rounded = functools.partial(call, **caches, **scales, plan=plan)
+        error = recorder.relative_error(rounded, call)
+        recorder.measure(
+            "decode_attention",
+            "d128 8x4k, fp8 beside bf16",
+            [rounded],
+            baselines={"bf16": [call]},
+            seconds=0.05,
+            **{"relative error": error},
+        )
 
 
 def _decode(

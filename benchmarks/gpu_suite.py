@@ -47,6 +47,7 @@ SECTIONS = (
     Section("prefill", "gpu_attention", 90, 40),
     Section("fused", "gpu_fused", 60, 30),
     Section("matmul", "gpu_matmul", 75, 40),
+    Section("quant", "gpu_quant", 50, 30),
     Section("sampling", "gpu_sampling", 50, 30),
 )
 TESTS = "tests"
