@@ -347,20 +347,14 @@ def _sampling(scene: Scene) -> None:
     from octavo_kernels.sampling import gpu, gpu_params
 
     rows, vocab = scene.batch.num_requests, scene.shape.vocab
-    logits = scene.floats(rows, vocab)
     ones = torch.ones(rows, device=scene.device)
     numbers = scene.ints(range(rows), torch.int64)
     slots = scene.ints(range(rows))
+    logits = scene.floats(rows, vocab)
     params = gpu_params.GpuLogitParams.create(
-        num_slots=rows, vocab_size=vocab, max_tokens=64, list_capacity=8, device=scene.device
+        num_slots=1, vocab_size=vocab, max_tokens=8, list_capacity=8, device=scene.device
     )
     gpu_params.load_slots(params, slots)
-    gpu_params.extend(params, slots=slots, tokens=numbers)
-    if scene.shape.num_drafts:
-        drawn = torch.zeros(
-            rows, 1 + scene.shape.num_drafts, dtype=torch.int64, device=scene.device
-        )
-        gpu_params.extend(params, slots=slots, tokens=drawn)
     gpu_params.apply_logit_params(logits, params=params, rows=slots, slots=slots)
     gpu.sample(
         logits,
@@ -371,8 +365,8 @@ def _sampling(scene: Scene) -> None:
         seeds=numbers,
         positions=numbers,
     )
-    for num_best in (0, 5):
-        gpu.topn_logprobs(logits, chosen=numbers, num_best=num_best)
+    gpu_params.extend(params, slots=slots, tokens=numbers)
+    gpu.topn_logprobs(logits, chosen=numbers % vocab, num_best=1)
 
 
 def _silu_mul(scene: Scene) -> None:
