@@ -105,6 +105,30 @@ def test_flat_rows_and_ties_at_the_threshold() -> None:
     assert_as_on_cpu(logits, given)
 
 
+def test_greedy_takes_the_lowest_of_equals_zeros_included() -> None:
+    logits = torch.full((3, 700), -1.0)
+    logits[0, [5, 300, 699]] = 2.0
+    logits[1, [9, 400]] = torch.tensor([-0.0, 0.0])
+    logits[2, 1:] = -INF
+    assert on_gpu(logits, columns(3, temperature=0.0))[0].tolist() == [5, 9, 0]
+
+
+def test_extreme_parameters_and_scratch_that_holds_anything() -> None:
+    ways = {"temperature": [1e30, 1.0, 1.0, 1.0], "top_p": [1.0, 1e-9, 0.9999999, 1.0]}
+    ways |= {"min_p": [0.0, 0.0, 0.0, 1.0], "top_k": [2**31 - 1, 0, 0, -1]}
+    given = columns(4, **ways)
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(9)) * 5
+    work = gpu.GpuWorkspace.create(6, vocab_size=300, dtype=torch.float32, device=DEVICE)
+    for name in ("peaks", "bounds", "masses", "levels", "subs", "values", "ids", "cuts"):
+        scratch = getattr(work, name)
+        scratch.fill_(float("nan") if scratch.is_floating_point() else 2**30)
+    moved = {name: x.to(DEVICE) for name, x in given.items()}
+    tokens, status = gpu.sample(logits.to(DEVICE), **moved, workspace=work)
+    assert status.tolist() == [0] * 4
+    assert tokens.tolist() == sampling.sample(logits, **given)[0].tolist()
+    assert tokens.tolist()[1] == int(logits[1].argmax())
+
+
 def test_more_candidates_than_the_list_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(3, 1100, generator=torch.Generator().manual_seed(1)) * 0.1
     given = columns(3, top_k=[0, 4, 5], top_p=[0.9, 0.7, 1.0])
