@@ -8,7 +8,7 @@ from torch import Tensor
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import numerics, prefill, prefill_kernel
 from octavo_kernels.paged_attention.gpu_plan import padded
-from octavo_kernels.tuning import choose
+from octavo_kernels.tuning import Choice, choose
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -34,8 +34,12 @@ def packed_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     out: Tensor | None = None,
+    choice: Choice | None = None,
 ) -> Tensor:
-    """See `octavo_kernels.packed_attention`; nothing is read back from the device."""
+    """See `octavo_kernels.packed_attention`; nothing is read back from the device.
+
+    choice: launch choices to try instead of the measured ones.
+    """
     _check_tokens(q, k, v, k_scale, v_scale)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -50,8 +54,9 @@ def packed_attention(
         raise ValueError(
             f"out must be contiguous {q.dtype} {tuple(q.shape)}, got {out.dtype} {tuple(out.shape)}"
         )
-    name = prefill.key(head_dim, q.dtype, k.dtype)
-    choice = choose("packed_attention", name, prefill.default(head_dim, q.dtype))
+    if choice is None:
+        name = prefill.key(head_dim, q.dtype, k.dtype)
+        choice = choose("packed_attention", name, prefill.default(head_dim, q.dtype))
     block_m = choice["block_m"]
     block_q = block_m // (num_heads // num_kv_heads)
     launch(

@@ -94,17 +94,18 @@ def _sdpa(
 ) -> Tensor:
     """torch's attention for sequences of one length."""
     count = starts["query_start_loc"].shape[0] - 1
+
+    def batched(x: Tensor) -> Tensor:
+        return x.reshape(count, -1, *x.shape[1:]).transpose(1, 2)
+
     out = torch.nn.functional.scaled_dot_product_attention(
-        *(x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v)),
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=True,
+        batched(q), batched(k), batched(v), is_causal=is_causal, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2).flatten(0, 1)
 
 
-_SMALL = {"N": 2, "K": 1, "H": 32}
-_BERT = {"N": 16, "K": 16, "H": 64}
+_SMALL: dict[str, Any] = {"N": 2, "K": 1, "H": 32}
+_BERT: dict[str, Any] = {"N": 16, "K": 16, "H": 64}
 
 SPEC = OpSpec(
     name="packed_attention",

@@ -65,7 +65,7 @@ def _sweep(
     if table_ptr is not None:
         ids = block_ids(table_ptr, first, max_blocks, num_blocks, BLOCK, TILE)
     for tile in tl.range(first, last):
-        if FOLDS:
+        if FOLDS:  # noqa: SIM102  (a constexpr: leaves no branch behind)
             if tile % (PARTITION // TILE) == 0:
                 m_done, l_done, acc_done = merge(m_done, l_done, acc_done, m, l, acc)
                 m = tl.full(m.shape, float("-inf"), tl.float32)
@@ -108,7 +108,7 @@ def _sweep(
 
 @triton.jit
 def key_range(p0, p1, seq_len, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys [lo, hi) that any of positions p0..p1 sees, and [all_lo, all_hi) that all of them see."""
+    """Keys [lo, hi) that any of positions p0..p1 sees, and [all_lo, all_hi) that all of them do."""
     lo, all_lo, hi, all_hi = 0, 0, seq_len, seq_len
     if WINDOW > 0:
         lo, all_lo = tl.maximum(p0 - WINDOW + 1, 0), tl.maximum(p1 - WINDOW + 1, 0)
