@@ -65,7 +65,8 @@ def _make_prefill(key: str, choice: Choice) -> Callable[[], Any]:
     def run() -> Tensor:
         prefill.attend_prefill(
             step.q,
-            *step.caches,
+            step.caches[0],
+            step.caches[1],
             out,
             plan=step.plan,
             block_tables=step.tables,
@@ -93,7 +94,8 @@ def _make_shared(key: str, choice: Choice) -> Callable[[], Any]:
     def run() -> Tensor:
         shared_prefix.attend_shared_prefix(
             step.q,
-            *step.caches,
+            step.caches[0],
+            step.caches[1],
             plan=step.plan,
             groups=groups,
             block_tables=step.tables,
