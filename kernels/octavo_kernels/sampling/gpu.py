@@ -208,9 +208,11 @@ def weigh_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace) 
     """The mass of rows with a top_p and no top_k, by tiles."""
     num_rows, vocab_size = logits.shape
     num_subs, tiles = _subs(vocab_size), -(-vocab_size // _WEIGH_TILE)
+    # Most rows want none of this, and programs that end at once cost time too.
+    parts = tiles if num_rows < FEW_ROWS else -(-tiles // 4)
     launch(
         weigh,
-        (num_rows * tiles,),
+        (num_rows * parts,),
         logits,
         *filters,
         work.peaks,
@@ -221,6 +223,7 @@ def weigh_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace) 
         SUBS_PAD=_power(num_subs),
         NUM_TILES=tiles,
         TILE=_WEIGH_TILE,
+        NUM_PARTS=parts,
         num_warps=8,
     )
 

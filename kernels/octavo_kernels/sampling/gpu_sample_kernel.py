@@ -128,26 +128,29 @@ def weigh(
     SUBS_PAD: tl.constexpr,
     NUM_TILES: tl.constexpr,
     TILE: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
 ):
-    # grid: (S * NUM_TILES,)
-    row = (tl.program_id(0) // NUM_TILES).to(tl.int64)
-    tile = tl.program_id(0) % NUM_TILES
+    # grid: (S * NUM_PARTS,)
+    row = (tl.program_id(0) // NUM_PARTS).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     has_k = (top_k > 0) & (top_k < VOCAB)
     if (temperature > 0.0) & (tl.load(top_p_ptr + row) < 1.0) & (has_k == 0):
         most = tl.max(load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD), 0)
         if (most < MAX_KEY) & (most > MIN_KEY):
-            token = tile * TILE + tl.arange(0, TILE)
-            at = logits_ptr + row * VOCAB + token
-            x = tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
-            w = weight(x, key_value(most), temperature)
-            w = tl.where(w >= tl.load(min_p_ptr + row), w, 0.0)
-            tl.store(masses_ptr + row * NUM_TILES + tile, tl.sum(fixed_point(w), 0))
-            to = levels_ptr + (row * NUM_TILES + tile) * LEVELS
-            for level in tl.static_range(LEVELS):
-                reached = x >= level_value(level, key_value(most), temperature)
-                tl.store(to + level, tl.sum(tl.where(reached, w, 0.0), 0))
+            peak = key_value(most)
+            least = tl.load(min_p_ptr + row)
+            for tile in range(tl.program_id(0) % NUM_PARTS, NUM_TILES, NUM_PARTS):
+                token = tile * TILE + tl.arange(0, TILE)
+                at = logits_ptr + row * VOCAB + token
+                x = tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
+                w = weight(x, peak, temperature)
+                w = tl.where(w >= least, w, 0.0)
+                tl.store(masses_ptr + row * NUM_TILES + tile, tl.sum(fixed_point(w), 0))
+                to = levels_ptr + (row * NUM_TILES + tile) * LEVELS
+                for level in tl.static_range(LEVELS):
+                    reached = x >= level_value(level, peak, temperature)
+                    tl.store(to + level, tl.sum(tl.where(reached, w, 0.0), 0))
 
 
 @triton.jit
