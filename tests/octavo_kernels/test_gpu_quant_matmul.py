@@ -206,6 +206,7 @@ def compiled() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("name", "quantised", "n", "k", "dtype"), AT_SIZE)
 def test_tiles_and_batches_do_not_change_bits_at_size(

@@ -29,6 +29,7 @@ from octavo_kernels.tuning import Choice, choose
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _MATRIX_TYPE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_MANY_ROWS = 16384
 BUCKETS = (16, 64, 128)  # rows; the last one serves all above
 
 
@@ -42,7 +43,9 @@ def default_choice(weight: QuantWeight, bucket: int, *, quantised: bool, wide: b
     if bucket == 16:
         if quantised and weight.kind == "fp8":
             return _tile(block_n=64, block_m=16, warps=4, stages=5)
-        return _tile(block_n=32, block_m=16, warps=4, stages=5, x_first=1)
+        # A warp reads all of x: where there are enough rows of weight, it takes 16 instead of 8.
+        size = 64 if weight.n >= _MANY_ROWS else 32
+        return _tile(block_n=size, block_m=16, warps=4, stages=5, x_first=1)
     if bucket == 64:
         return _tile(block_n=64, block_m=64, warps=4, stages=4)
     # Scales that change often take registers for a product of their own in every pass.

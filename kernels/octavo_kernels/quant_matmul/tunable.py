@@ -91,7 +91,7 @@ def _tiles(kind: Kind, bucket: int, quantised: bool) -> list[tuple[int, int, int
         return [(64, 16, 4, 8, 1, 0), (64, 16, 4, 4, 2, 0), (128, 16, 8, 5, 1, 0)]
     if bucket == 16:
         tiles = [(32, 16, 4, 8, 1), (32, 16, 4, 4, 2), (32, 16, 4, 3, 4), (16, 16, 2, 4, 2)]
-        tiles += [(64, 16, 8, 4, 2)]
+        tiles += [(64, 16, 8, 4, 2), (64, 16, 4, 5, 1), (64, 16, 4, 4, 2), (128, 16, 4, 3, 1)]
         return [*((*tile, 1) for tile in tiles), (64, 16, 4, 4, 1, 0)]
     tiles = [(128, 128, 8, 4, 1), (128, 64, 8, 4, 1), (64, 128, 4, 3, 1), (64, 64, 4, 4, 1)]
     return [(*tile, 0) for tile in tiles]
