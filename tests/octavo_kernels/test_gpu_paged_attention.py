@@ -126,7 +126,7 @@ def test_launch_choices_decide_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_arrivals_are_zero_again_for_the_next_layer() -> None:
-    history = History.make(1100, N=1, K=1, H=16, seed=4, dtype=torch.float32)
+    history = History.make(1100, N=1, K=1, H=16, seed=4, dtype=torch.bfloat16)
     plans = []
 
     def keep(*args: Any, **sizes: Any) -> AttentionPlan:
@@ -290,7 +290,7 @@ def call(**changes: Any) -> None:
         ({"q": torch.zeros(3, 4, 64)[:, :, :32]}, "q must have dense heads"),
         ({"v_cache": torch.zeros(3, 2, 32, 16)}, r"caches must be \(3, 2, 16, 32\)"),
         ({"k_cache": torch.zeros(3, 2, 24, 32)}, "block_size must be one of"),
-        ({"q": torch.zeros(3, 4, 32).half()}, "caches must be torch.float16 like q"),
+        ({"q": torch.zeros(3, 4, 32).half()}, "caches of q torch.float16 must be one of"),
         ({"block_tables": torch.zeros(2, 1)}, "block_tables must be int32"),
         ({"block_tables": torch.zeros(3, 1, dtype=torch.int32)}, "3 block tables need as many"),
         ({"query_start_loc": torch.zeros(2, dtype=torch.int32)}, "must agree"),

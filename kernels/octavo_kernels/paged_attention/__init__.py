@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import functools
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,8 +74,15 @@ def paged_attention(
     Returns out [T, N * H] float32. A row's bits depend on its own query and keys alone, not on the
     batch, the chunking or the number of threads; slots it does not see are never part of it.
     Raises ValueError for shapes, dtypes or tables the kernel cannot take.
+    On a GPU: 16-bit and float32 q, both caches [B, K, BLOCK, H]. See
+    `octavo_kernels.paged_attention.gpu`, which has more options and a plan that layers share.
     """
-    require_device("paged_attention", q)
+    if q.is_cuda:
+        return _on_gpu(
+            q, k_cache, v_cache, block_tables=block_tables, query_start_loc=query_start_loc,
+            seq_lens=seq_lens, scale=scale, sliding_window=sliding_window, out=out,
+        )  # fmt: skip
+    require_device("paged_attention", q, have=("cpu", "cuda"))
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, _, block_size = k_cache.shape
     attend = _check(
@@ -107,11 +114,8 @@ def paged_attention(
     if status:
         _refuse(call, query_start_loc, seq_lens)
     parts = 1 if cost < _SERIAL_COST else min(threads, items)
-    max_rows = chunk * (num_heads // num_kv_heads)
-    part_floats = cpu.WORK_FLOATS + max_rows * (3 * head_dim + LANES + 3)
-    part_floats = -(-part_floats // LANES) * LANES
-    partial_floats = items * max_rows * (head_dim + LANES + 1) if split else 0
-    scratch = torch.empty(parts * part_floats + partial_floats)
+    part_floats, partial_floats = _scratch(chunk * (num_heads // num_kv_heads), head_dim)
+    scratch = torch.empty(parts * part_floats + (items * partial_floats if split else 0))
     call[cpu.SCRATCH] = scratch.data_ptr()
     call[cpu.SCRATCH_STRIDE] = 4 * part_floats
     call[cpu.PARTIALS] = scratch.data_ptr() + 4 * parts * part_floats
@@ -121,6 +125,18 @@ def paged_attention(
     if split:
         cpu.merge(1, address)
     return out
+
+
+def _scratch(max_rows: int, head_dim: int) -> tuple[int, int]:
+    """Floats of one part's scratch and of one item's partials."""
+    part_floats = cpu.WORK_FLOATS + max_rows * (3 * head_dim + LANES + 3)
+    return -(-part_floats // LANES) * LANES, max_rows * (head_dim + LANES + 1)
+
+
+def _on_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Tensor:
+    from octavo_kernels.paged_attention import gpu  # here: a CPU installation has no Triton
+
+    return gpu.paged_attention(q, k_cache, v_cache, **options)
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +69,8 @@ def paged_attention(
     """Attention of every query token to its request's keys, by default those up to itself.
 
     q: [T, N, H] bfloat16, float16 or float32; the rows of T may be strided, [N, H] is dense.
-    k_cache, v_cache: `kv_cache_shape`, of q's dtype or float8_e4m3fn; a float8 cache holds keys and
-    values divided by k_scale and v_scale, [K] float32 (without them: by 1).
+    k_cache, v_cache: `kv_cache_shape`, of q's dtype or, with q of 16 bits, float8_e4m3fn, which
+    holds keys and values divided by k_scale and v_scale, [K] float32 (without them: by 1).
     block_tables: [R, max_blocks] int32, dense in its last dimension; query_start_loc: [R + 1] int32
     with last entry T; seq_lens: [R] int32, tokens present in the cache, this step's included.
     Query i of request r stands at position seq_lens[r] - query_len[r] + i.
@@ -91,51 +92,41 @@ def paged_attention(
     written out of bounds. Raises ValueError for shapes and dtypes the kernels do not have.
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    num_kv_heads = k_cache.shape[1]
     _check_caches(
         num_heads, head_dim, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype
     )
     _check_strides(q, k_cache, v_cache)
-    _check_options(num_heads, num_kv_heads, sinks, alibi_slopes, rel_bias, k_scale, v_scale)
+    _check_options(
+        soft_cap, num_heads, num_kv_heads, sinks, alibi_slopes, rel_bias, k_scale, v_scale
+    )
     num_requests, max_blocks = _check_tables(block_tables, seq_lens)
-    if soft_cap < 0:
-        raise ValueError(f"soft_cap must be at least 0, got {soft_cap}")
     if (k_scale is not None or v_scale is not None) and k_cache.dtype != FP8:
         raise ValueError(f"k_scale and v_scale need a {FP8} cache, got {k_cache.dtype}")
     if out is None:
         out = q.new_empty(num_tokens, num_heads * head_dim)
     _check_out(out, q)
-    if num_tokens == 0 or num_requests == 0:
-        return out
-    if max_blocks == 0 or k_cache.shape[0] == 0:
+    if 0 in (num_tokens, num_requests, max_blocks, k_cache.shape[0]):
         return out.zero_()
     if plan is None:
+        bound = num_tokens if max_query_len is None else max_query_len
         plan = make_plan(
-            query_start_loc,
-            seq_lens,
-            num_tokens=num_tokens,
-            max_query_len=num_tokens if max_query_len is None else max_query_len,
-            max_seq_len=max_blocks * block_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            cache_dtype=k_cache.dtype,
-            sliding_window=sliding_window,
-        )
+            query_start_loc, seq_lens, num_tokens=num_tokens, max_query_len=bound,
+            max_seq_len=max_blocks * k_cache.shape[2], num_heads=num_heads, head_dim=head_dim,
+            num_kv_heads=num_kv_heads, cache_dtype=k_cache.dtype, sliding_window=sliding_window,
+        )  # fmt: skip
     else:
         _check_plan(plan, q, k_cache, block_tables, sliding_window)
+    options: dict[str, Any] = {
+        "scale": scale, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": alibi_slopes,
+        "rel_bias": rel_bias, "is_causal": is_causal, "k_scale": k_scale, "v_scale": v_scale,
+    }  # fmt: skip
     if plan.num_programs:
-        attend_decode(
-            q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, scale=scale,
-            soft_cap=soft_cap, sinks=sinks, alibi_slopes=alibi_slopes, rel_bias=rel_bias,
-            is_causal=is_causal, k_scale=k_scale, v_scale=v_scale,
-        )  # fmt: skip
+        attend_decode(q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, **options)
     if plan.tiles.shape[0]:
         attend_prefill(
             q, k_cache, v_cache, out, plan=plan, block_tables=block_tables,
-            query_start_loc=query_start_loc, seq_lens=seq_lens, scale=scale, soft_cap=soft_cap,
-            sinks=sinks, alibi_slopes=alibi_slopes, rel_bias=rel_bias, is_causal=is_causal,
-            k_scale=k_scale, v_scale=v_scale,
+            query_start_loc=query_start_loc, seq_lens=seq_lens, **options,
         )  # fmt: skip
     return out
 
@@ -214,8 +205,11 @@ def _check_caches(
         )
     if q_dtype not in DTYPES:
         raise ValueError(f"q must be one of {DTYPES}, got {q_dtype}")
-    if k_dtype not in (q_dtype, FP8) or v_dtype != k_dtype:
-        raise ValueError(f"caches must be {q_dtype} like q or {FP8}, got {k_dtype} and {v_dtype}")
+    allowed = (q_dtype,) if q_dtype == torch.float32 else (q_dtype, FP8)
+    if k_dtype not in allowed or v_dtype != k_dtype:
+        raise ValueError(
+            f"caches of q {q_dtype} must be one of {allowed}, got {k_dtype} and {v_dtype}"
+        )
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of {num_kv_heads}, got {num_heads}")
 
@@ -276,6 +270,7 @@ def _check_tables(block_tables: Tensor, seq_lens: Tensor) -> tuple[int, int]:
 
 
 def _check_options(
+    soft_cap: float,
     num_heads: int,
     num_kv_heads: int,
     sinks: Tensor | None,
@@ -284,6 +279,8 @@ def _check_options(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
+    if soft_cap < 0:
+        raise ValueError(f"soft_cap must be at least 0, got {soft_cap}")
     for name, tensor, size in (
         ("sinks", sinks, num_heads),
         ("alibi_slopes", alibi_slopes, num_heads),

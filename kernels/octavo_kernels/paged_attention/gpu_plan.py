@@ -3,9 +3,10 @@
 Two kernels divide a step's requests, and give a row the same bits, so the division is about speed
 alone. Requests with few rows (query_len * G <= DECODE_ROWS, G query heads a kv head) are *decoded*:
 one unit of work is one partition of keys for all rows of one (request, kv head). The others are
-*prefilled*: one unit is one tile of rows against all keys they see. Requests of no tokens get
-nothing. All sizes a launch depends on are host bounds; what the device decides is read there, so
-that a captured CUDA graph stays valid for any lengths within the bounds.
+*prefilled*: one unit is one tile of rows against all keys they see. (With a float32 cache all are:
+without tensor cores the bits depend on the tile.) Requests of no tokens get nothing.
+All sizes a launch depends on are host bounds; what the device decides is read there, so that a
+captured CUDA graph stays valid for any lengths within the bounds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DECODE_ROWS = 64  # rows of the decode kernel's tile
 PREFILL_ROWS = 128  # rows of a prefill tile, heads included
 _MAX_PARTIAL_ROWS = 1 << 17
 _INTERPRETED = 3  # multiprocessors of Triton's interpreter
-_SHARED_BYTES = 224 << 10
+_SHARED_BYTES = 228 << 10  # of a multiprocessor, 1 KiB a program included
 _CHUNK = 32  # programs, or prefill tiles, that one program of the plan kernel places
 
 
@@ -93,6 +94,7 @@ def make_plan(
     head_dim: int,
     sliding_window: int = 0,
     cache_dtype: torch.dtype,
+    per_sm: int | None = None,
     max_partitions: int | None = None,
     shared_partitions: Tensor | None = None,
 ) -> AttentionPlan:
@@ -101,6 +103,7 @@ def make_plan(
     query_start_loc [R + 1], seq_lens [R] int32 on the device. num_tokens, max_query_len and
     max_seq_len bound what they hold: longer requests are cut off, never read past the bound.
     cache_dtype: what the decode kernel will read; with head_dim it decides its grid.
+    per_sm: programs of it on a multiprocessor, to try (default: the measured choice).
     max_partitions: a bound on the partitions of all decoded requests together (default: as many as
     R requests of max_seq_len have). Requests that find no room for their partials are prefilled:
     the same bits, slower. A good bound saves memory, and the prefill launch.
@@ -108,32 +111,21 @@ def make_plan(
     """
     num_requests = seq_lens.shape[0]
     _check(query_start_loc, seq_lens, shared_partitions)
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"query heads must be a multiple of {num_kv_heads}, got {num_heads}")
+    _check_sizes(num_heads, num_kv_heads, num_tokens, max_query_len, max_seq_len, sliding_window)
     group = num_heads // num_kv_heads
-    if group > PREFILL_ROWS:
-        raise ValueError(f"at most {PREFILL_ROWS} query heads a kv head, got {group}")
-    if min(num_tokens, max_query_len, max_seq_len, sliding_window) < 0:
-        raise ValueError(
-            "num_tokens, max_query_len, max_seq_len and sliding_window must be at least 0, got "
-            f"{num_tokens}, {max_query_len}, {max_seq_len}, {sliding_window}"
-        )
-    partition, tile = numerics.PARTITION, numerics.tile_size(head_dim)
-    rows_bound = min(max_query_len, DECODE_ROWS // group) * num_heads
-    needed = num_requests * -(-max_seq_len // partition)
+    partition, block_q = numerics.PARTITION, PREFILL_ROWS // group
+    num_partitions = num_requests * -(-max_seq_len // partition)
     if max_partitions is not None:
-        needed = min(needed, max_partitions)
-    splits = max_seq_len > partition and rows_bound > 0
-    partial_rows = min(needed * rows_bound, _MAX_PARTIAL_ROWS) if splits else 0
-    block_q = PREFILL_ROWS // group
+        num_partitions = min(num_partitions, max_partitions)
+    decode_rows = 0 if cache_dtype == torch.float32 else DECODE_ROWS
+    rows_bound = min(max_query_len, decode_rows // group) * num_heads
+    needed_rows = num_partitions * rows_bound if max_seq_len > partition else 0
+    partial_rows = min(needed_rows, _MAX_PARTIAL_ROWS)
     capacity = 0
-    prefills = max_query_len * group > DECODE_ROWS
-    if prefills or (splits and needed * rows_bound > _MAX_PARTIAL_ROWS):
+    if max_query_len * group > decode_rows or needed_rows > partial_rows:
         capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens)
-    num_programs = 0
-    if rows_bound and num_requests:
-        num_programs = decode_choice(head_dim, cache_dtype)["per_sm"]
-        num_programs *= _INTERPRETED if seq_lens.device.type == "cpu" else _processors()
+    num_programs = per_sm or decode_choice(head_dim, cache_dtype)["per_sm"]
+    num_programs *= _processors(seq_lens.device.type) if rows_bound and num_requests else 0
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=seq_lens.device)
@@ -142,26 +134,14 @@ def make_plan(
         return torch.empty(shape, dtype=torch.float32, device=seq_lens.device)
 
     plan = AttentionPlan(
-        num_requests=num_requests,
-        num_tokens=num_tokens,
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        sliding_window=sliding_window,
-        partition=partition,
-        block_q=block_q,
-        requests=ints(num_requests, 8),
-        num_decoded=ints(1),
-        programs=ints(num_programs + 1, 4),
-        arrivals=ints(num_requests * num_kv_heads),
-        partials_m=floats(partial_rows),
-        partials_l=floats(partial_rows),
-        partials=floats(partial_rows, padded(head_dim)),
-        tiles=ints(capacity, 2),
-        num_tiles=ints(1),
-    )
+        num_requests=num_requests, num_tokens=num_tokens, max_query_len=max_query_len,
+        max_seq_len=max_seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim=head_dim, sliding_window=sliding_window, partition=partition, block_q=block_q,
+        requests=ints(num_requests, 8), num_decoded=ints(1), programs=ints(num_programs + 1, 4),
+        arrivals=ints(num_requests * num_kv_heads), partials_m=floats(partial_rows),
+        partials_l=floats(partial_rows), partials=floats(partial_rows, padded(head_dim)),
+        tiles=ints(capacity, 2), num_tiles=ints(1),
+    )  # fmt: skip
     launch(
         plan_kernel.divide,
         (2 + num_programs // _CHUNK + -(-capacity // _CHUNK),),
@@ -169,8 +149,8 @@ def make_plan(
         plan.programs, plan.arrivals, plan.tiles, plan.num_tiles,
         num_requests, num_tokens, max_query_len, max_seq_len, num_programs, partial_rows, capacity,
         num_kv_heads, block_q,
-        G=group, DECODE_ROWS=DECODE_ROWS, TILE=tile, PARTITION=partition, WINDOW=sliding_window,
-        CHUNK=_CHUNK, BLOCK_R=64, num_warps=4,
+        G=group, DECODE_ROWS=decode_rows, TILE=numerics.tile_size(head_dim), PARTITION=partition,
+        WINDOW=sliding_window, CHUNK=_CHUNK, BLOCK_R=64, num_warps=4,
     )  # fmt: skip
     return plan
 
@@ -187,12 +167,24 @@ def decode_choice(head_dim: int, cache_dtype: torch.dtype) -> Choice:
     last program of a (request, kv head) folds its partials, or a kernel of its own does.
     """
     size = cache_dtype.itemsize
-    # a program holds `stages` tiles of keys and as many of values
-    tile_bytes = 2 * numerics.tile_size(head_dim) * padded(head_dim) * size
-    room = _SHARED_BYTES // tile_bytes
-    stages = 2 if room < 3 else 3
-    default = {"per_sm": max(1, min(2, room // stages)), "stages": stages, "fused": 1}
+    default = decode_candidates(head_dim, size)[0]
     return choose("paged_attention_decode", decode_key(head_dim, size), default)
+
+
+def decode_candidates(head_dim: int, itemsize: int) -> tuple[Choice, ...]:
+    """Choices that fit a Hopper GPU's shared memory, the default first."""
+    width, tile = padded(head_dim), numerics.tile_size(head_dim)
+    scratch = 4 * DECODE_ROWS * width
+    found: list[Choice] = []
+    for per_sm, stages in ((2, 3), (1, 4), (1, 3), (1, 2), (2, 2), (2, 4)):
+        # Tiles in the cache's own dtype are read by the tensor cores where they arrive; others
+        # are widened on the way, which frees their place a stage earlier.
+        buffers = stages if itemsize > 1 else stages - 1
+        widened = 2 * tile * width if itemsize < 2 else 0
+        needed = buffers * 2 * tile * width * itemsize + max(scratch, widened)
+        if per_sm * (needed + 1024) <= _SHARED_BYTES:
+            found += [{"per_sm": per_sm, "stages": stages, "fused": fused} for fused in (1, 0)]
+    return tuple(found)
 
 
 def decode_key(head_dim: int, itemsize: int) -> str:
@@ -201,11 +193,34 @@ def decode_key(head_dim: int, itemsize: int) -> str:
 
 
 @functools.cache
-def _processors() -> int:
+def _processors(device: str) -> int:
     """Multiprocessors of the current GPU; an H100's where there is none."""
+    if device == "cpu":
+        return _INTERPRETED
     if not torch.cuda.is_available():
         return 132
     return int(torch.cuda.get_device_properties().multi_processor_count)
+
+
+def _check_sizes(
+    num_heads: int,
+    num_kv_heads: int,
+    num_tokens: int,
+    max_query_len: int,
+    max_seq_len: int,
+    sliding_window: int,
+) -> None:
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of {num_kv_heads}, got {num_heads}")
+    if num_heads > num_kv_heads * PREFILL_ROWS:
+        raise ValueError(
+            f"at most {PREFILL_ROWS} query heads a kv head, got {num_heads // num_kv_heads}"
+        )
+    if min(num_tokens, max_query_len, max_seq_len, sliding_window) < 0:
+        raise ValueError(
+            "num_tokens, max_query_len, max_seq_len and sliding_window must be at least 0, got "
+            f"{num_tokens}, {max_query_len}, {max_seq_len}, {sliding_window}"
+        )
 
 
 def _check(query_start_loc: Tensor, seq_lens: Tensor, shared: Tensor | None) -> None:
