@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import json
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,26 @@ def test_a_section_that_crashes_or_hangs_is_named(tmp_path: Path) -> None:
         sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
         assert gpu_suite._process(sleeps, log, 0.5) == "stopped after 0 s"
         assert gpu_suite._process([sys.executable, "-c", ""], log, 60) == ""
+
+
+def test_sections_run_within_what_is_left_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, float] = {}
+
+    def process(command: Sequence[str], log: object, limit_s: float) -> str:
+        limits[command[command.index("--section") + 1]] = limit_s
+        return ""
+
+    monkeypatch.setattr(gpu_suite, "_process", process)
+    names = [section.name for section in gpu_suite.SECTIONS]
+    now = time.monotonic()
+    verdicts = gpu_suite.run_sections(names, tmp_path, is_short=True, deadline=now + 35)
+    assert set(limits) == set(verdicts) == set(names) - {"quant"}, "too long for the short form"
+    assert limits["ceilings"] == 30 and 30 < limits["compile"] <= 35
+    limits.clear()
+    verdicts = gpu_suite.run_sections(["decode", "quant"], tmp_path, is_short=False, deadline=now)
+    assert verdicts == dict.fromkeys(["decode", "quant"], "no time was left") and not limits
 
 
 MEASURED = [s.name for s in gpu_suite.SECTIONS if s.name not in ("ceilings", "compile")]
