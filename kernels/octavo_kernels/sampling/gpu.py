@@ -260,6 +260,7 @@ def cut_rows(
         GROUP=choice["group"],
         BLOCK=choice["block"],
         num_warps=choice["num_warps"],
+        maxnreg=128,  # left alone, ptxas spills to fit programs that there are no rows for
     )
 
 
