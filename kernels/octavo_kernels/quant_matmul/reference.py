@@ -45,7 +45,9 @@ def quantise_reference(x: Tensor, kind: str, *, grouped: bool = False) -> tuple[
     size = 128 if grouped else max(k, 1)
     parts = torch.nn.functional.pad(wide, (0, -k % size)).view(num_rows, -(-k // size), size)
     top = 448.0 if kind == "fp8" else 127.0
-    scale = parts.abs().amax(2, keepdim=True) / top
+    biggest = parts.abs().amax(2, keepdim=True)
+    # Not "/ top": on a GPU torch then multiplies by the rounded reciprocal.
+    scale = biggest / torch.full_like(biggest, top)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     exact = parts / scale
     if kind == "fp8":
