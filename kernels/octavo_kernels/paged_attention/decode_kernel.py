@@ -17,7 +17,7 @@ from octavo_kernels.paged_attention.logits_kernel import (
     softmax_scale,
 )
 from octavo_kernels.paged_attention.numerics import merge, softmax_tile
-from octavo_kernels.paged_attention.prefill_kernel import block_ids, key_offsets
+from octavo_kernels.paged_attention.prefill_kernel import key_offsets
 
 
 @triton.jit
@@ -43,6 +43,13 @@ def _unit_tiles(
         begin = tl.maximum(begin, tl.maximum(lowest, 0) // TILE)
     end = tl.minimum(end, (seq_len + TILE - 1) // TILE)
     return begin, tl.maximum(end, begin + 1)
+
+
+@triton.jit
+def _table_entries(table_ptr, tile, max_blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Ids of the blocks that hold a tile as they stand in the table, [max(1, TILE // BLOCK)]."""
+    blocks = tile * TILE // BLOCK + tl.arange(0, max(1, TILE // BLOCK))
+    return tl.load(table_ptr + tl.minimum(blocks, max_blocks - 1))
 
 
 @triton.jit
@@ -132,6 +139,7 @@ def decode(
 
     lane = tl.arange(0, BLOCK_M)
     d = tl.arange(0, HP)
+    ahead = tl.zeros([max(1, TILE // BLOCK)], tl.int32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HP], tl.float32)
@@ -151,13 +159,17 @@ def decode(
                 part = own
             tile, last = _unit_tiles(part, query_len, seq_len, TILE, PARTITION, WINDOW)
         table = table_ptr + request.to(tl.int64) * table_stride
-        ids = tl.zeros([max(1, TILE // BLOCK)], tl.int32)
+        ids = ahead
         if always:
-            ids = block_ids(table, tile, max_blocks, num_blocks, BLOCK, TILE)
+            if is_first:
+                ids = _table_entries(table, tile, max_blocks, BLOCK, TILE)
+            ahead = _table_entries(table, tile + 1, max_blocks, BLOCK, TILE)
 
         # Keys and values of this tile.
         k_pos = tile * TILE + tl.arange(0, TILE)
-        offsets = kv_head.to(tl.int64) * (BLOCK * H) + key_offsets(ids, tile, K, H, BLOCK, TILE)
+        offsets = kv_head.to(tl.int64) * (BLOCK * H) + key_offsets(
+            tl.minimum(tl.maximum(ids, 0), num_blocks - 1), tile, K, H, BLOCK, TILE
+        )
         offsets = offsets[:, None] + d[None, :]
         # What no row sees may hold NaN, and 0 * NaN is NaN.
         within = k_pos < seq_len
