@@ -37,10 +37,13 @@ def _driver() -> str:
         return "unknown"
 
 
-def times_to_fill(num_bytes: float, *, most: int = 32) -> int:
-    """Input sets of num_bytes each that cannot all stay in L2."""
+def times_to_fill(num_bytes: float, *, most: int = 96) -> int:
+    """Input sets of num_bytes each of which hardly anything stays in L2, taken in turn.
+
+    Two at least: a set of a few times the cache's size still finds some of itself there.
+    """
     l2 = torch.cuda.get_device_properties().L2_cache_size
-    return int(min(most, max(1, -(-3 * l2 // max(num_bytes, 1)))))
+    return int(min(most, max(2, -(-8 * l2 // max(num_bytes, 1)))))
 
 
 class Rehearsal:

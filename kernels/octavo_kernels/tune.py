@@ -40,7 +40,7 @@ _TABLES = Path(__file__).parent / "tuned"
 _CHUNK = 400  # candidates that are compiled together
 _FINALISTS = 4
 _FIRST_S, _FINAL_S = 0.02, 0.25  # replays of one candidate, of all finalists of a key
-_L2_TIMES = 3  # rotated inputs are this much larger than the L2 cache
+_L2_TIMES = 8  # rotated inputs are this much larger than the L2 cache
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

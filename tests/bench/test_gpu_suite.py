@@ -170,6 +170,6 @@ def test_input_sets_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         L2_cache_size = 50 * 2**20
 
     monkeypatch.setattr(gpu_recorder.torch.cuda, "get_device_properties", lambda: Properties)
-    assert gpu_recorder.times_to_fill(2**30) == 1
-    assert gpu_recorder.times_to_fill(50 * 2**20) == 3
-    assert gpu_recorder.times_to_fill(1) == 32
+    assert gpu_recorder.times_to_fill(2**30) == 2
+    assert gpu_recorder.times_to_fill(50 * 2**20) == 8
+    assert gpu_recorder.times_to_fill(1) == 96
