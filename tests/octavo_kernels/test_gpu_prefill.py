@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -302,3 +305,61 @@ def test_long_prompts_on_a_gpu(H: int, dtype: torch.dtype) -> None:
     )
     chunked = _chunks(one, (1, 130, 512, 657), partition=1024, block=64)
     assert same_bits(chunked, whole[:1300])
+
+
+# In a process of its own: what the interpreter runs cannot be compiled.
+COMPILE = """
+import re
+import torch
+from octavo_kernels.launch import collecting, compiling_for, resources
+from octavo_kernels.packed_attention import packed_attention
+from octavo_kernels.paged_attention.gpu import make_plan
+from octavo_kernels.paged_attention.shared_prefix import attend_shared_prefix, group_prefixes
+from octavo_kernels.paged_attention.prefill import attend_prefill
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def ints(*shape):
+    return empty(*shape, dtype=torch.int32)
+
+with collecting() as found:
+    cache = empty(8, 2, 16, 64)
+    q = empty(400, 8, 64)
+    plan = make_plan(
+        ints(5), ints(4), num_tokens=400, max_query_len=200, max_seq_len=3000, num_heads=8,
+        num_kv_heads=2, head_dim=64, cache_dtype=torch.bfloat16, shared_partitions=ints(4),
+    )
+    common = {"plan": plan, "block_tables": ints(4, 200), "scale": 1.0}
+    attend_prefill(q, cache, cache, q, query_start_loc=ints(5), seq_lens=ints(4), **common)
+    groups = group_prefixes(
+        plan, group_start_loc=ints(2), members=ints(4), group_partitions=ints(1), max_partitions=2
+    )
+    attend_shared_prefix(q, cache, cache, groups=groups, **common)
+    packed_attention(
+        q, empty(400, 2, 64), empty(400, 2, 64), query_start_loc=ints(5), key_start_loc=ints(5),
+        max_query_len=200, scale=1.0,
+    )
+names = [launch.name for launch in found]
+assert names == ["divide", "attend", "list_tiles", "attend_shared", "attend"], names
+with compiling_for(90):
+    for launch in found:
+        compiled = launch.compile()
+        used = resources(compiled)
+        assert used.stack == 0, (launch.name, used)
+        if launch.name.startswith("attend"):
+            assert used.wgmma > 0, used
+            ptx = compiled.asm["ptx"]
+            assert "cp.async.cg" in ptx, "the loop is not pipelined"
+            narrow = re.findall(r"ld\\.global\\.[bu](?:8|16) ", ptx)
+            assert not narrow, (launch.name, narrow[:3])
+"""
+
+
+def test_kernels_compile_for_hopper_pipelined_and_without_spills() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

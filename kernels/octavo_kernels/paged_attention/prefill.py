@@ -82,8 +82,8 @@ def default(head_dim: int, dtype: torch.dtype) -> Choice:
 
 def candidates(head_dim: int, dtype: torch.dtype) -> tuple[Choice, ...]:
     """Choices with the same bits: every row lies whole in one warp (16 rows a warp at least)."""
-    if dtype == torch.float32:  # no tensor cores: the layout, so the bits, follow the tile
-        return ({"block_m": 64, "num_warps": 4, "num_stages": 1},)
+    if dtype == torch.float32:  # no tensor cores: few rows a warp, or compiling takes minutes
+        return ({"block_m": 64, "num_warps": 16, "num_stages": 1},)
     return tuple(
         {"block_m": rows, "num_warps": warps, "num_stages": stages}
         for rows, warps in ((128, 8), (64, 4))

@@ -54,8 +54,9 @@ def group_prefixes(
     group_partitions [NG], all int32: the leading partitions (`plan.partition` keys) of a group lie
     wholly inside its prefix, and the block table of its first member holds their blocks.
     shared_partitions [R] of `make_plan` must have been the same numbers, request by request (0
-    outside the groups). max_partitions bounds group_partitions, max_query_len (default: the plan's)
-    the query tokens of a member; members that were not decoded are left out, they need nothing.
+    outside the groups); wrong numbers give wrong results, within bounds. max_partitions bounds
+    group_partitions, max_query_len (default: the plan's) the query tokens of a member; members
+    that were not decoded are left out, they need nothing.
     """
     num_groups, num_members = group_partitions.shape[0], members.shape[0]
     for name, tensor in (
@@ -131,7 +132,8 @@ def attend_shared_prefix(
         groups.group_partitions, groups.member_rows, groups.tiles, plan.requests, plan.partials_m,
         plan.partials_l, plan.partials, alibi_slopes, rel_bias, k_scale,
         scale, 0 if rel_bias is None else (rel_bias.shape[1] + 1) // 2,
-        block_tables.stride(0), block_tables.shape[1], k_cache.shape[0], num_tiles,
+        block_tables.stride(0), block_tables.shape[1], k_cache.shape[0], block_tables.shape[0],
+        groups.members.shape[0], num_tiles,
         groups.max_query_len * (plan.num_heads // num_kv_heads),
         N=plan.num_heads, K=num_kv_heads, H=head_dim, HP=padded(head_dim), Q_STRIDE=q.stride(0),
         BLOCK=k_cache.shape[2], BLOCK_M=_BLOCK_M, TILE=numerics.tile_size(head_dim),
@@ -148,5 +150,5 @@ def default(head_dim: int, dtype: torch.dtype) -> Choice:
 def candidates(head_dim: int, dtype: torch.dtype) -> tuple[Choice, ...]:
     """Choices with the same bits: every row lies whole in one warp."""
     if dtype == torch.float32:
-        return ({"num_warps": 8, "num_stages": 1},)
+        return ({"num_warps": 16, "num_stages": 1},)
     return tuple({"num_warps": 8, "num_stages": s} for s in ((2, 3) if head_dim <= 128 else (2,)))

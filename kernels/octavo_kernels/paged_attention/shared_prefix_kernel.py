@@ -51,7 +51,7 @@ def list_tiles(
         size = tl.load(group_starts_ptr + g + 1, mask=live, other=0)
         size -= tl.load(group_starts_ptr + g, mask=live, other=0)
         partitions = tl.load(group_partitions_ptr + g, mask=live, other=0)
-        tiles = tl.where(partitions > 0, tl.cdiv(size * member_slots, BLOCK_M), 0)
+        tiles = tl.where(partitions > 0, tl.cdiv(tl.maximum(size, 0) * member_slots, BLOCK_M), 0)
         past = ((total + tl.cumsum(tiles, 0))[None, :] <= i[:, None]) & live[None, :]
         total += tl.sum(tiles, 0)
         group += tl.sum(past.to(tl.int32), 1)
@@ -69,7 +69,7 @@ def attend_shared(
     group_starts_ptr, members_ptr, group_partitions_ptr, member_rows_ptr, tiles_ptr,  # `list_tiles`
     requests_ptr, m_ptr, l_ptr, acc_ptr,  # see AttentionPlan
     slopes_ptr, rel_bias_ptr, k_scale_ptr,  # [N], [N, 2 * span - 1], [K] float32, or None
-    scale, span, table_stride, max_blocks, num_blocks, num_tiles,
+    scale, span, table_stride, max_blocks, num_blocks, num_requests, num_members, num_tiles,
     member_slots,  # rows kept for a member, a multiple of G
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, Q_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, PARTITION: tl.constexpr,
@@ -85,12 +85,12 @@ def attend_shared(
         return
     if part >= tl.load(group_partitions_ptr + group):
         return
-    first_member = tl.load(group_starts_ptr + group)
-    num_members = tl.load(group_starts_ptr + group + 1) - first_member
+    first_member = tl.maximum(tl.load(group_starts_ptr + group), 0)
+    end_member = tl.minimum(tl.load(group_starts_ptr + group + 1), num_members)
     slot = tl.load(tiles_ptr + 2 * tile + 1) + tl.arange(0, BLOCK_M)
-    member, token = slot // member_slots, slot % member_slots // G
+    member, token = first_member + slot // member_slots, slot % member_slots // G
     heads = kv_head * G + slot % G
-    row = tl.load(member_rows_ptr + first_member + member, mask=member < num_members, other=-1)
+    row = tl.load(member_rows_ptr + member, mask=member < end_member, other=-1)
     live = row >= 0
     record = requests_ptr + 8 * row
     start = tl.load(record + 1, mask=live, other=0)
@@ -113,7 +113,8 @@ def attend_shared(
     lo, hi, all_lo, all_hi = key_range(lowest, highest, end, CAUSAL, WINDOW)
     lo, all_lo = tl.maximum(lo, begin), tl.maximum(all_lo, begin)
     hi, all_hi = tl.minimum(hi, end), tl.minimum(all_hi, end)
-    leader = tl.load(members_ptr + first_member).to(tl.int64)
+    leader = tl.load(members_ptr + first_member)
+    leader = tl.minimum(tl.maximum(leader, 0), num_requests - 1).to(tl.int64)
     base = kv_head.to(tl.int64) * (BLOCK * H)
     m, l, acc = attend_range(
         lo, hi, all_lo, all_hi, q, q_pos, heads, logit_scale(scale, k_scale_ptr, kv_head),
