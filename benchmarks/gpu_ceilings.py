@@ -40,7 +40,7 @@ def run_compile(recorder: Recorder, *, is_short: bool) -> None:
     with collecting() as found, OnMeta():
         for section in SECTIONS:
             is_left_out = is_short and not section.short_limit_s
-            if section.name not in ("ceilings", "compile") and not is_left_out:
+            if section.calls_ops and not is_left_out:
                 module = importlib.import_module(f"benchmarks.{section.module}")
                 try:
                     getattr(module, f"run_{section.name}")(Rehearsal(), is_short=is_short)

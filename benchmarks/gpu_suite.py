@@ -40,17 +40,19 @@ class Section:
     module: str
     limit_s: float
     short_limit_s: float  # 0: not in the short form
+    calls_ops: bool = True  # itself, so that what it launches can be listed
 
 
 SECTIONS = (
-    Section("ceilings", "gpu_ceilings", 40, 30),
-    Section("compile", "gpu_ceilings", 90, 60),
+    Section("ceilings", "gpu_ceilings", 40, 30, calls_ops=False),
+    Section("compile", "gpu_ceilings", 90, 60, calls_ops=False),
     Section("decode", "gpu_attention", 90, 40),
     Section("prefill", "gpu_attention", 90, 40),
     Section("fused", "gpu_fused", 60, 30),
     Section("matmul", "gpu_matmul", 75, 40),
     Section("sampling", "gpu_sampling", 50, 30),
     Section("quant", "gpu_quant", 50, 0),
+    Section("warm", "gpu_warm", 60, 0, calls_ops=False),
 )
 TESTS = "tests"
 TESTS_LIMIT_S, TESTS_SHORT_LIMIT_S = 270, 60
