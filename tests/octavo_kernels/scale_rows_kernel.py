@@ -19,9 +19,10 @@ def scale_rows(
     # grid: (T,)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
-    keep = (columns < D) & (row < num_rows)
-    x = tl.load(x_ptr + row * D + columns, mask=keep, other=0.0)
-    tl.store(out_ptr + row * D + columns, _scaled(x, factor) + ADD, mask=keep)
+    if row < num_rows:
+        keep = columns < D
+        x = tl.load(x_ptr + row * D + columns, mask=keep, other=0.0)
+        tl.store(out_ptr + row * D + columns, _scaled(x, factor) + ADD, mask=keep)
 
 
 @triton.jit
