@@ -29,7 +29,7 @@ from octavo_kernels.paged_attention.numerics import (
 
 GROUP_ROWS = gl.constexpr(64)  # rows of a consumer warpgroup
 GROUPS = gl.constexpr(2)
-STAGES = gl.constexpr(2)  # buffers of K, and of V
+PASS_ROUNDS = gl.constexpr(4)  # rounds of a pass, at least
 LOG2_E = gl.constexpr(numerics.LOG2_E)
 RENAMED = gl.constexpr(hasattr(tma, "async_load"))  # after Triton 3.6
 copy_rows = async_copy.async_load if RENAMED.value else async_copy.async_copy_global_to_shared
@@ -37,12 +37,54 @@ copy_box = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _item(i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr, BLOCK_Q: gl.constexpr,
-          TILE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
-    """Work item i: request, kv head, its first row of q, its tokens, the first one's position, the
-    request's keys, and the tiles of keys [begin, end) that there are to do (at least one)."""
-    request = gl.load(tiles_ptr + 2 * (i // K))
-    first = gl.load(tiles_ptr + 2 * (i // K) + 1)
+def _passes(num_tiles, K: gl.constexpr):
+    """How the items (tile, kv head) are ordered: pass by pass over some of the kv heads, so that
+    what all programs read lies in the L2 cache, with rounds enough in a pass to even out.
+
+    Returns the heads of a pass, its items, its rounds, and the rounds of all passes.
+    """
+    programs = gl.num_programs(0)
+    heads = num_tiles * 0 + K
+    for power in gl.static_range(3, -1, -1):
+        if K % (1 << power) == 0:
+            heads = gl.where(num_tiles * (1 << power) >= PASS_ROUNDS * programs, 1 << power, heads)
+    items = num_tiles * heads
+    rounds = gl.maximum((items + programs - 1) // programs, 1)
+    return heads, items, rounds, rounds * (K // heads)
+
+
+@gluon.jit
+def _place(round, rounds):
+    """The item of its pass that this program takes in a round: there and back, longest first, so
+    that long items even out."""
+    p, programs = gl.program_id(0), gl.num_programs(0)
+    back = (round % rounds) % 2 == 1
+    return round % rounds * programs + gl.where(back, programs - 1 - p, p)
+
+
+@gluon.jit
+def _next_round(round, num_tiles, K: gl.constexpr):
+    """The first round from `round` on that has an item for this program, and whether one has."""
+    _, items, rounds, end = _passes(num_tiles, K)
+    round = gl.to_tensor(round)
+    while (round < end) & (_place(round, rounds) >= items):
+        round += 1
+    return round, round < end
+
+
+@gluon.jit
+def _item(round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr,
+          BLOCK_Q: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
+          WINDOW: gl.constexpr):  # fmt: skip
+    """This program's item of a round (past the last: any item): request, kv head, its first row of
+    q, its tokens, the first one's position, the request's keys, and the tiles of keys [begin, end)
+    that there are to do (at least one)."""
+    heads, _, rounds, _ = _passes(num_tiles, K)
+    place = _place(round, rounds)
+    tile = gl.minimum(place // heads, num_tiles - 1)
+    head = gl.minimum(round // rounds * heads + place % heads, K - 1)
+    request = gl.load(tiles_ptr + 2 * tile)
+    first = gl.load(tiles_ptr + 2 * tile + 1)
     start = gl.load(starts_ptr + request)
     query_len = gl.load(starts_ptr + request + 1) - start
     keys = gl.minimum(gl.load(lengths_ptr + request), max_keys)
@@ -55,17 +97,7 @@ def _item(i, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr, BLOC
     if WINDOW > 0:
         begin = gl.maximum(position - WINDOW + 1, 0) // TILE
     end = gl.maximum((end + TILE - 1) // TILE, begin + 1)
-    return request, i % K, start + first, tokens, position, keys, begin, end
-
-
-@gluon.jit
-def _turn(round):
-    """The item a program takes in a round: there and back, so that long items even out.
-
-    Only the last round is not full: a program that finds no item in it is done.
-    """
-    p, programs = gl.program_id(0), gl.num_programs(0)
-    return round * programs + gl.where(round % 2 == 0, p, programs - 1 - p)
+    return request, head, start + first, tokens, position, keys, begin, end
 
 
 @gluon.jit
@@ -83,6 +115,7 @@ def _block_rows(table, tile, keys, head, no_row, K: gl.constexpr, TILE: gl.const
 @gluon.jit
 def _copy_tile(desc, smem, full, empty, rows, count, TILE: gl.constexpr, BLOCK: gl.constexpr):
     """Copies tile number `count` from these rows of the cache, one copy per block."""
+    STAGES: gl.constexpr = smem.shape[0]
     slot = count % STAGES
     mbarrier.wait(empty.index(slot), ((count // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(slot), TILE * desc.block_type.shape[1] * 2)
@@ -97,13 +130,13 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
              no_row, K: gl.constexpr, BLOCK: gl.constexpr, BLOCK_Q: gl.constexpr,
              TILE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """The producer warp: K and V tiles of this program's items, in order."""
-    items = gl.load(num_tiles_ptr) * K
+    num_tiles = gl.load(num_tiles_ptr)
     count = 0
-    round = 0
-    while _turn(round) < items:
+    round, more = _next_round(0, num_tiles, K)
+    while more:
         request, head, _, _, _, keys, begin, end = _item(
-            _turn(round), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL,
-            WINDOW,
+            round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE,
+            CAUSAL, WINDOW,
         )  # fmt: skip
         table = table_ptr + request.to(gl.int64) * table_stride
         rows = _block_rows(table, begin, keys, head, no_row, K, TILE, BLOCK)
@@ -113,7 +146,7 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
             _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, TILE, BLOCK)
             rows = ahead
             count += 1
-        round += 1
+        round, more = _next_round(round + 1, num_tiles, K)
 
 
 @gluon.jit
@@ -130,12 +163,24 @@ def _load_q(q_ptr, q_smem, row, tokens, head, group: gl.constexpr, Q_STRIDE: gl.
 
 
 @gluon.jit
+def _wait(full, count):
+    """Until tile number `count` has come."""
+    STAGES: gl.constexpr = full.shape[0]
+    mbarrier.wait(full.index(count % STAGES), (count // STAGES) & 1)
+
+
+@gluon.jit
+def _release(empty, count):
+    """This warpgroup no longer needs tile number `count`."""
+    mbarrier.arrive(empty.index(count % empty.shape[0]))
+
+
+@gluon.jit
 def _start_scores(q_smem, k_smem, k_full, count, TILE: gl.constexpr, S: gl.constexpr):
     """Waits for tile number `count` of K and starts its scores; returns them unfinished."""
-    slot = count % STAGES
-    mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
+    _wait(k_full, count)
     s = gl.zeros([GROUP_ROWS, TILE], gl.float32, S)
-    k = k_smem.index(slot).permute((1, 0))
+    k = k_smem.index(count % k_smem.shape[0]).permute((1, 0))
     return warpgroup_mma(q_smem, k, s, use_acc=False, is_async=True)
 
 
@@ -218,7 +263,7 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
     A_ROW: gl.constexpr = gl.SliceLayout(1, A)
     s = _start_scores(q_smem, k_smem, k_full, count, TILE, S)
     s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(k_empty.index(count % STAGES))
+    _release(k_empty, count)
     if (begin < full_from) | (begin >= full_to):
         s = _mask(s, begin, last, TILE, WINDOW, S)
     m = gl.full([GROUP_ROWS], float("-inf"), gl.float32, S_ROW)
@@ -228,16 +273,16 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
     acc = gl.zeros([GROUP_ROWS, H], gl.float32, A)
     x, m, l, alpha = softmax_tile(s, m, l, scale)
     p = gl.convert_layout(x.to(dtype), P)
-    mbarrier.wait(v_full.index(count % STAGES), (count // STAGES) & 1)
+    _wait(v_full, count)
     if low > begin * TILE:
-        _clear_unseen(v_smem.index(count % STAGES), low - begin * TILE, TILE, FLAT)
+        _clear_unseen(v_smem.index(count % v_smem.shape[0]), low - begin * TILE, TILE, FLAT)
     for tile in range(begin + 1, end):
-        before = count % STAGES
+        before = count
         count += 1
         s = _start_scores(q_smem, k_smem, k_full, count, TILE, S)
-        acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        acc = warpgroup_mma(p, v_smem.index(before % v_smem.shape[0]), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        mbarrier.arrive(k_empty.index(count % STAGES))
+        _release(k_empty, count)
         if (tile < full_from) | (tile >= full_to):
             s = _mask(s, tile, last, TILE, WINDOW, S)
         fresh = tile % PER == 0
@@ -248,9 +293,9 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
         x, m, l, alpha = softmax_tile(s, m, l, scale)
         # This tile's V is needed only in the next round, but the branch in its wait keeps the
         # assembler from moving the softmax behind the end of the product that runs now.
-        mbarrier.wait(v_full.index(count % STAGES), (count // STAGES) & 1)
+        _wait(v_full, count)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(before))
+        _release(v_empty, before)
         if fresh:
             if tile - PER > begin:  # not the first
                 m_all, l_all, acc = _merge(
@@ -265,12 +310,11 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
         acc = acc * gl.convert_layout(alpha, A_ROW, assert_trivial=True)[:, None]
         p = gl.convert_layout(x.to(dtype), P)
     _load_q(q_ptr, q_smem, next_row, next_tokens, next_head, group, Q_STRIDE, G)
-    before = count % STAGES
     if end * TILE > keys:
-        _clear_unseen(v_smem.index(before), 0, keys - (end - 1) * TILE, FLAT)
-    acc = warpgroup_mma(p, v_smem.index(before), acc, is_async=True)
+        _clear_unseen(v_smem.index(count % v_smem.shape[0]), 0, keys - (end - 1) * TILE, FLAT)
+    acc = warpgroup_mma(p, v_smem.index(count % v_smem.shape[0]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(v_empty.index(before))
+    _release(v_empty, count)
     if (end - 1) // PER * PER > begin:
         m, l, acc = _merge(m_all, l_all, fold_smem.load(A), m, l, acc, S_ROW, A_ROW)
     else:
@@ -295,20 +339,22 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])
     scale = scale * LOG2_E
     r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, S))
-    items = gl.load(num_tiles_ptr) * K
-    if _turn(0) >= items:
+    num_tiles = gl.load(num_tiles_ptr)
+    round, more = _next_round(0, num_tiles, K)
+    if not more:
         return
     count = 0
     _, head, row, tokens, position, keys, begin, end = _item(
-        _turn(0), tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL, WINDOW
-    )
+        round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL,
+        WINDOW,
+    )  # fmt: skip
     _load_q(q_ptr, q_smem, row, tokens, head, group, Q_STRIDE, G)
-    round = 0
-    while _turn(round) < items:
+    while more:
+        round, more = _next_round(round + 1, num_tiles, K)
         # the item after this one: its rows of q are copied while this one ends
         _, next_head, next_row, next_tokens, next_place, next_keys, next_begin, next_end = _item(
-            gl.minimum(_turn(round + 1), items - 1), tiles_ptr, starts_ptr, lengths_ptr, max_keys,
-            K, BLOCK_Q, TILE, CAUSAL, WINDOW,
+            round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE,
+            CAUSAL, WINDOW,
         )  # fmt: skip
         low, full_from = 0, 0
         if CAUSAL:
@@ -335,7 +381,6 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
         _store(out_ptr, rows, fold_smem, row, tokens, head, group, N, G, FLAT)
         head, row, tokens, position = next_head, next_row, next_tokens, next_place
         keys, begin, end = next_keys, next_begin, next_end
-        round += 1
     async_copy.wait_group(0)
 
 
@@ -356,6 +401,7 @@ def attend_hopper(
     WINDOW: gl.constexpr,  # 0, or keys that a token sees, itself included; needs CAUSAL
 ):  # fmt: skip
     # Grid: (programs,), any number; each takes tiles x kv heads in turn, longest first.
+    STAGES: gl.constexpr = 256 // H  # buffers of K, and of V
     dtype: gl.constexpr = k_desc.dtype
     kv: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, H], dtype)
     fold: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
