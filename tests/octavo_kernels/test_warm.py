@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 import triton
 
 import octavo_kernels
-from octavo_kernels import ModelShape, warming
+from octavo_kernels import ModelShape, op_runs
 from octavo_kernels.launch import collecting
-from octavo_kernels.warming import Batch, Scene, decode, prefill
+from octavo_kernels.op_runs import Batch, Scene, decode, prefill
 
 PACKAGE = Path(octavo_kernels.__file__).parent
 LLAMA = ModelShape(hidden=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
@@ -67,7 +67,7 @@ def random_batches(count: int, *, most: int) -> Iterator[Batch]:
 
 def test_every_gpu_op_is_called() -> None:
     ops = {path.parent.name for path in PACKAGE.glob("*/gpu.py")}
-    assert set(warming.RUNS) == ops, "octavo_kernels/warming.py says how each op is called"
+    assert set(op_runs.RUNS) == ops, "octavo_kernels/op_runs.py says how each op is called"
 
 
 @pytest.mark.parametrize("shape", [LLAMA, TINY, ODD], ids=["llama", "tiny", "odd"])
@@ -76,7 +76,7 @@ def test_no_batch_needs_a_kernel_that_is_not_listed(shape: ModelShape) -> None:
     assert 20 < len(listed) < 250
     for batch in random_batches(25, most=600):
         with collecting() as found:
-            for run in warming.RUNS.values():
+            for run in op_runs.RUNS.values():
                 run(Scene(shape, batch, "meta"))
         for launch in found:
             assert launch.key in listed, f"{launch.name} {launch.options} in {batch}"
@@ -122,7 +122,7 @@ def test_nothing_is_compiled_after_warming(shape: ModelShape) -> None:
     knobs.jit_post_compile_hook = note
     try:
         for batch in random_batches(25, most=600):
-            for run in warming.RUNS.values():
+            for run in op_runs.RUNS.values():
                 run(Scene(shape, batch, "cuda"))
         torch.cuda.synchronize()
     finally:

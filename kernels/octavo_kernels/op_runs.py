@@ -1,0 +1,386 @@
+"""Runs every GPU op as a server of a model's shape would; this file alone knows how each is called.
+
+`RUNS` has an entry for every `<op>/gpu.py`. On tensors of the device "meta" nothing is computed;
+`launch.collecting` then lists what would have been launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from octavo_kernels.shape import ModelShape
+
+if TYPE_CHECKING:
+    from octavo_kernels.paged_attention.gpu_plan import AttentionPlan
+    from octavo_kernels.paged_attention.shared_prefix import PrefixGroups
+    from octavo_kernels.quant_matmul import QuantWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step's lengths: new tokens and tokens in the cache afterwards, of each request."""
+
+    query_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.query_lens)
+
+
+def decode(num_requests: int, seq_len: int) -> Batch:
+    """One token each of equally long requests."""
+    return Batch((1,) * num_requests, (seq_len,) * num_requests)
+
+
+def prefill(*lengths: int) -> Batch:
+    """Whole prompts."""
+    return Batch(lengths, lengths)
+
+
+def batches() -> tuple[Batch, ...]:
+    """One for every bucket that decides what is compiled.
+
+    Rows of a matmul, keys of one partition and of many, new tokens of a request that decodes
+    (drafts to verify), and prompts.
+    """
+    found = [decode(rows, 100) for rows in (1, 8, 16, 32, 64, 128, 256, 512)]
+    found += [Batch((new, 1), (40_000, 300)) for new in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)]
+    found += [prefill(length) for length in (1, 60, 600, 5_000)]
+    found += [Batch((500, 1), (2_500, 70)), decode(512, 40_000)]
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A model's tensors for one batch on one device."""
+
+    shape: ModelShape
+    batch: Batch
+    device: str
+
+    def activations(self, *sizes: int) -> Tensor:
+        return self._random(sizes, self.shape.activation_dtype)
+
+    def floats(self, *sizes: int) -> Tensor:
+        return self._random(sizes, torch.float32)
+
+    def _random(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(*sizes, dtype=torch.float32, device=self.device).to(dtype)
+
+    def ints(self, values: Iterable[int], dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=self.device)
+
+    @property
+    def blocks_a_request(self) -> int:
+        return max(1, -(-max(self.batch.seq_lens) // self.shape.block_size))
+
+    def caches(self) -> tuple[Tensor, Tensor]:
+        """K and V, each [B, K, BLOCK, H], with room for two requests; blocks are shared."""
+        shape = self.shape
+        sizes = (2 * self.blocks_a_request, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        k, v = (torch.zeros(sizes, dtype=shape.cache_dtype, device=self.device) for _ in range(2))
+        return k, v
+
+    def cache_scales(self) -> dict[str, Any]:
+        """k_scale and v_scale [K] where the cache is FP8."""
+        if self.shape.cache_dtype != torch.float8_e4m3fn:
+            return {}
+        heads = self.shape.num_kv_heads
+        return {f"{name}_scale": torch.ones(heads, device=self.device) for name in ("k", "v")}
+
+    def starts(self) -> Tensor:
+        """query_start_loc [R + 1]."""
+        return self.ints(itertools.accumulate(self.batch.query_lens, initial=0))
+
+    def positions(self) -> Tensor:
+        batch = self.batch
+        lengths = zip(batch.query_lens, batch.seq_lens, strict=True)
+        return self.ints(p for new, all_ in lengths for p in range(all_ - new, all_))
+
+
+def _block_copy(scene: Scene) -> None:
+    from octavo_kernels.block_copy import gpu
+
+    gpu.block_copy([*scene.caches()], src=scene.ints([0]), dst=scene.ints([1]))
+
+
+def _embedding(scene: Scene) -> None:
+    from octavo_kernels.embedding import gpu
+
+    shape = scene.shape
+    weight = scene.activations(shape.vocab, shape.hidden)
+    gpu.embedding(scene.ints([0] * scene.batch.num_tokens), weight)
+    gpu.embedding(scene.ints([0] * scene.batch.num_tokens), weight, scale=2.0)
+
+
+def _matmul(scene: Scene) -> None:
+    from octavo_kernels.matmul import gpu
+
+    shape, tokens = scene.shape, scene.batch.num_tokens
+    heads = shape.num_heads * shape.head_dim
+    x = scene.activations(tokens, shape.hidden)
+    residual = scene.activations(tokens, shape.hidden)
+    qkv = scene.activations(shape.qkv_width, shape.hidden)
+    bias = scene.activations(shape.qkv_width) if shape.has_qkv_bias else None
+    attended = scene.activations(tokens, heads)
+    gated = scene.activations(tokens, shape.ffn)
+    gate_up = scene.activations(2 * shape.ffn, shape.hidden)
+    back = scene.activations(shape.hidden, heads)
+    down = scene.activations(shape.hidden, shape.ffn)
+    head = scene.activations(shape.vocab, shape.hidden)
+    gpu.linear(x, qkv, bias=bias)
+    for y, weight in ((attended, back), (gated, down)):
+        gpu.linear(y, weight)
+        gpu.linear(y, weight, residual=residual)
+    gpu.linear(x, gate_up)
+    product = gpu.linear(x, gate_up, activation=shape.gate)  # type: ignore[arg-type]
+    gpu.linear(x[: scene.batch.num_requests], head, out_dtype=torch.float32)
+    # What follows cuBLAS, which takes over where it is faster and proven.
+    gpu.finish(residual, residual=x, out=residual)
+    gpu.finish(scene.activations(tokens, 2 * shape.ffn), activation=shape.gate, out=product)
+    if bias is not None:
+        wide = scene.activations(tokens, shape.qkv_width)
+        gpu.finish(wide, bias=bias, out=wide)
+
+
+def _layer_norm(scene: Scene) -> None:
+    from octavo_kernels.layer_norm import gpu
+
+    if scene.shape.norm == "layer_norm":
+        x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
+        weight = scene.activations(scene.shape.hidden)
+        gpu.layer_norm(x, weight, weight, eps=1e-5)
+        gpu.layer_norm(x, weight, weight, eps=1e-5, residual=x.clone())
+
+
+def _packed_attention(scene: Scene) -> None:
+    from octavo_kernels.packed_attention import gpu
+
+    shape, batch = scene.shape, scene.batch
+    if not shape.has_encoder:
+        return
+    qkv = scene.activations(batch.num_tokens, shape.qkv_width)
+    q, k, v = _heads(shape, qkv)
+    for is_causal in (False, True):
+        gpu.packed_attention(
+            q,
+            k,
+            v,
+            query_start_loc=scene.starts(),
+            key_start_loc=scene.starts(),
+            max_query_len=max(batch.query_lens),
+            scale=shape.head_dim**-0.5,
+            is_causal=is_causal,
+        )
+
+
+def _heads(shape: ModelShape, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
+    keys = shape.num_heads + shape.num_kv_heads
+    return heads[:, : shape.num_heads], heads[:, shape.num_heads : keys], heads[:, keys:]
+
+
+def _paged_attention(scene: Scene) -> None:
+    from octavo_kernels.paged_attention import gpu, shared_prefix
+
+    shape, batch = scene.shape, scene.batch
+    q, _, _ = _heads(shape, scene.activations(batch.num_tokens, shape.qkv_width))
+    k_cache, v_cache = scene.caches()
+    blocks = scene.ints(range(scene.blocks_a_request)).expand(batch.num_requests, -1)
+    starts, seq_lens = scene.starts(), scene.ints(batch.seq_lens)
+    common: dict[str, Any] = {
+        "block_tables": blocks.contiguous(),
+        "scale": shape.head_dim**-0.5,
+        "soft_cap": shape.soft_cap,
+    }
+    scales = scene.cache_scales()
+    k_scale = {name: scale for name, scale in scales.items() if name == "k_scale"}
+    lengths: dict[str, Any] = {"query_start_loc": starts, "seq_lens": seq_lens}
+    sinks: dict[str, Any] = {"sinks": scene.floats(shape.num_heads)} if shape.has_sinks else {}
+    members = scene.ints(range(batch.num_requests))
+    for window in {0, shape.sliding_window}:
+        plan, groups = _shared(scene, members, starts, seq_lens, window)
+        for prefixes in (None, groups):
+            if prefixes is not None:
+                shared_prefix.attend_shared_prefix(
+                    q, k_cache, v_cache, plan=plan, groups=prefixes, **common, **k_scale
+                )
+            gpu.paged_attention(
+                q,
+                k_cache,
+                v_cache,
+                max_query_len=max(batch.query_lens),
+                sliding_window=window,
+                plan=None if prefixes is None else plan,
+                **common,
+                **lengths,
+                **sinks,
+                **scales,
+            )
+
+
+def _shared(
+    scene: Scene, members: Tensor, starts: Tensor, seq_lens: Tensor, window: int
+) -> tuple[AttentionPlan, PrefixGroups]:
+    """A plan in which all requests have one prefix in common, of no partition."""
+    from octavo_kernels.paged_attention import gpu, shared_prefix
+
+    shape, batch = scene.shape, scene.batch
+    plan = gpu.make_plan(
+        starts,
+        seq_lens,
+        num_tokens=batch.num_tokens,
+        max_query_len=max(batch.query_lens),
+        max_seq_len=scene.blocks_a_request * shape.block_size,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        cache_dtype=shape.cache_dtype,
+        sliding_window=window,
+        shared_partitions=torch.zeros_like(members),
+    )
+    groups = shared_prefix.group_prefixes(
+        plan,
+        group_start_loc=scene.ints([0, batch.num_requests]),
+        members=members,
+        group_partitions=scene.ints([0]),
+        max_partitions=1,
+    )
+    return plan, groups
+
+
+def _quant_matmul(scene: Scene) -> None:
+    from octavo_kernels.quant_matmul import gpu
+
+    shape, tokens = scene.shape, scene.batch.num_tokens
+    if not shape.weight_format:
+        return
+    heads = shape.num_heads * shape.head_dim
+    bias = scene.activations(shape.qkv_width) if shape.has_qkv_bias else None
+    for n, k, extra in (
+        (shape.qkv_width, shape.hidden, {"bias": bias}),
+        (shape.hidden, heads, {"residual": scene.activations(tokens, shape.hidden)}),
+        (shape.hidden, heads, {}),
+        (2 * shape.ffn, shape.hidden, {}),
+        (shape.hidden, shape.ffn, {"residual": scene.activations(tokens, shape.hidden)}),
+        (shape.hidden, shape.ffn, {}),
+    ):
+        gpu.quant_matmul(
+            scene.activations(tokens, k),
+            _packed(shape.weight_format, shape.has_zero_points, n, k, scene.device),
+            quantise_activations=shape.quantises_activations,
+            **extra,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _packed(weight_format: str, has_zero_points: bool, n: int, k: int, device: str) -> QuantWeight:
+    from octavo_kernels import quant_matmul
+
+    weight = torch.randn(n, k, device=device)
+    kind, _, group = weight_format.partition("_")
+    if kind == "int4":
+        return quant_matmul.pack_int4(weight, group=int(group), symmetric=not has_zero_points)
+    if kind == "int8":
+        return quant_matmul.pack_int8(weight)
+    return quant_matmul.pack_fp8_blocks(weight) if group else quant_matmul.pack_fp8(weight)
+
+
+def _rms_norm(scene: Scene) -> None:
+    from octavo_kernels.rms_norm import gpu
+
+    if scene.shape.norm == "rms_norm":
+        x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
+        weight = scene.activations(scene.shape.hidden)
+        offset = float(scene.shape.norm_offset)
+        gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset)
+        gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset, residual=x.clone())
+
+
+def _rotary_kv_write(scene: Scene) -> None:
+    from octavo_kernels.rotary_kv_write import gpu
+
+    shape, batch = scene.shape, scene.batch
+    k_cache, v_cache = scene.caches()
+    norms = (scene.activations(shape.head_dim) for _ in range(2))
+    q_norm, k_norm = norms if shape.has_qk_norm else (None, None)
+    table = scene.floats(max(batch.seq_lens), shape.turned // 2)
+    gpu.rotary_kv_write(
+        scene.activations(batch.num_tokens, shape.qkv_width),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        positions=scene.positions(),
+        cos=table,
+        sin=table,
+        slots=scene.positions(),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        weight_offset=float(shape.norm_offset),
+        **scene.cache_scales(),
+    )
+
+
+def _sampling(scene: Scene) -> None:
+    from octavo_kernels.sampling import gpu, gpu_params
+
+    rows, vocab = scene.batch.num_requests, scene.shape.vocab
+    ones = torch.ones(rows, device=scene.device)
+    numbers = scene.ints(range(rows), torch.int64)
+    slots = scene.ints(range(rows))
+    logits = scene.floats(rows, vocab)
+    params = gpu_params.GpuLogitParams.create(
+        num_slots=1, vocab_size=vocab, max_tokens=8, list_capacity=8, device=scene.device
+    )
+    gpu_params.load_slots(params, slots)
+    gpu_params.apply_logit_params(logits, params=params, rows=slots, slots=slots)
+    gpu.sample(
+        logits,
+        temperature=ones,
+        top_k=scene.ints([5] * rows),
+        top_p=ones,
+        min_p=ones,
+        seeds=numbers,
+        positions=numbers,
+    )
+    gpu_params.extend(params, slots=slots, tokens=numbers)
+    gpu.topn_logprobs(logits, chosen=numbers % vocab, num_best=1)
+
+
+def _silu_mul(scene: Scene) -> None:
+    from octavo_kernels.silu_mul import gpu
+
+    x = scene.activations(scene.batch.num_tokens, 2 * scene.shape.ffn)
+    getattr(gpu, scene.shape.gate)(x)
+
+
+RUNS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
+    {
+        "block_copy": _block_copy,
+        "embedding": _embedding,
+        "layer_norm": _layer_norm,
+        "matmul": _matmul,
+        "packed_attention": _packed_attention,
+        "paged_attention": _paged_attention,
+        "quant_matmul": _quant_matmul,
+        "rms_norm": _rms_norm,
+        "rotary_kv_write": _rotary_kv_write,
+        "sampling": _sampling,
+        "silu_mul": _silu_mul,
+    }
+)
