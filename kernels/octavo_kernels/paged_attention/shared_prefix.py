@@ -120,20 +120,19 @@ def attend_shared_prefix(
     Arguments as `paged_attention`, which must follow on the same stream and checks them; sinks and
     v_scale are its affair alone.
     """
-    num_tiles = groups.tiles.shape[0]
     head_dim, num_kv_heads = plan.head_dim, plan.num_kv_heads
     if choice is None:
         name = prefill.key(head_dim, q.dtype, k_cache.dtype)
         choice = choose("shared_prefix", name, default(head_dim, q.dtype))
     launch(
         shared_prefix_kernel.attend_shared,
-        (groups.max_partitions * num_kv_heads * num_tiles,),
+        (groups.tiles.shape[0], num_kv_heads, groups.max_partitions),
         q, k_cache, v_cache, block_tables, groups.group_start_loc, groups.members,
         groups.group_partitions, groups.member_rows, groups.tiles, plan.requests, plan.partials_m,
         plan.partials_l, plan.partials, alibi_slopes, rel_bias, k_scale,
         scale, 0 if rel_bias is None else (rel_bias.shape[1] + 1) // 2,
         block_tables.stride(0), block_tables.shape[1], k_cache.shape[0], block_tables.shape[0],
-        groups.members.shape[0], num_tiles,
+        groups.members.shape[0],
         groups.max_query_len * (plan.num_heads // num_kv_heads),
         N=plan.num_heads, K=num_kv_heads, H=head_dim, HP=padded(head_dim), Q_STRIDE=q.stride(0),
         BLOCK=k_cache.shape[2], BLOCK_M=_BLOCK_M, TILE=numerics.tile_size(head_dim),

@@ -69,17 +69,15 @@ def attend_shared(
     group_starts_ptr, members_ptr, group_partitions_ptr, member_rows_ptr, tiles_ptr,  # `list_tiles`
     requests_ptr, m_ptr, l_ptr, acc_ptr,  # see AttentionPlan
     slopes_ptr, rel_bias_ptr, k_scale_ptr,  # [N], [N, 2 * span - 1], [K] float32, or None
-    scale, span, table_stride, max_blocks, num_blocks, num_requests, num_members, num_tiles,
+    scale, span, table_stride, max_blocks, num_blocks, num_requests, num_members,
     member_slots,  # rows kept for a member, a multiple of G
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, Q_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, PARTITION: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (partitions * K * num_tiles,), tiles that read the same keys side by side."""
+    """Grid: (tiles, K, partitions), so tiles that read the same keys run side by side."""
     G: tl.constexpr = N // K
-    tile = tl.program_id(0) % num_tiles
-    kv_head = tl.program_id(0) // num_tiles % K
-    part = tl.program_id(0) // num_tiles // K
+    tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group = tl.load(tiles_ptr + 2 * tile)
     if group < 0:
         return
@@ -108,6 +106,12 @@ def attend_shared(
     at = (start + token).to(tl.int64)[:, None] * Q_STRIDE + heads[:, None] * H + d[None, :]
     q = tl.load(q_ptr + at, mask=live[:, None] & (d < H)[None, :], other=0.0)
 
+    # Where the rows' partials belong, and -1: one value a row is kept over the loop.
+    parts = tl.load(record + 6, mask=live, other=0) - first
+    partial = tl.load(record + 7, mask=live, other=0)
+    partial += (kv_head * parts + part - first) * (query_len * G) + token * G + slot % G
+    partial = tl.where(live, partial, -1)
+
     # The partition ends where all its requests have keys, so no length cuts it.
     begin, end = part * PARTITION, (part + 1) * PARTITION
     lo, hi, all_lo, all_hi = key_range(lowest, highest, end, CAUSAL, WINDOW)
@@ -122,9 +126,7 @@ def attend_shared(
         span, max_blocks, num_blocks, K, H, H, BLOCK, TILE, PARTITION, CAUSAL, WINDOW, SOFT_CAP,
         False,
     )  # fmt: skip
-    parts = tl.load(record + 6, mask=live, other=0) - first
-    partial = tl.load(record + 7, mask=live, other=0)
-    partial += (kv_head * parts + part - first) * (query_len * G) + token * G + slot % G
+    live = partial >= 0
     tl.store(m_ptr + partial, m, mask=live)
     tl.store(l_ptr + partial, l, mask=live)
     at = partial.to(tl.int64)[:, None] * HP + d[None, :]
