@@ -42,6 +42,8 @@ def supports(
         and (is_causal or plan.sliding_window == 0)
         and k_cache.shape[2] in BLOCK_SIZES
         and k_cache.shape[:3].numel() < 2**31
+        and q.data_ptr() % 16 == 0  # copied 16 bytes at a time
+        and q.stride(0) % 8 == 0
         and not shaped
         and k_scale is None
         and v_scale is None
