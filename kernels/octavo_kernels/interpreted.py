@@ -13,7 +13,8 @@ import numpy as np
 from triton import language as tl
 from triton.runtime import interpreter
 
-_patch_tensor = interpreter._patch_lang_tensor
+# None where a later Triton has rebuilt this, hopefully right.
+_patch_tensor: Any = getattr(interpreter, "_patch_lang_tensor", None)
 _dot = interpreter.InterpreterBuilder.create_dot
 
 
@@ -29,9 +30,10 @@ def _widened(handle: Any) -> Any:
     return interpreter.TensorHandle(wide, tl.float32)
 
 
-def _dot_of_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    return _dot(self, _widened(a), _widened(b), *rest)
+def _dot_of_widened(self: Any, a: Any, b: Any, *rest: Any, **named: Any) -> Any:
+    return _dot(self, _widened(a), _widened(b), *rest, **named)
 
 
-interpreter._patch_lang_tensor = _patch_tensor_and_index
+if _patch_tensor is not None:
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
 interpreter.InterpreterBuilder.create_dot = _dot_of_widened
