@@ -115,8 +115,8 @@ def test_launch_choices_decide_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     step = [(history, 599, 600), (history, 99, 100)]
     sinks = torch.randn(4).to(DEVICE)
     want = attend(step, sinks=sinks)
-    for per_sm, fused in ((1, 0), (3, 0), (3, 1)):
-        choice = {"per_sm": per_sm, "stages": 2, "fused": fused}
+    for per_sm, fused, keep_q in ((1, 0, 0), (3, 0, 1), (3, 1, 0)):
+        choice = {"per_sm": per_sm, "stages": 2, "fused": fused, "keep_q": keep_q}
         for module in (gpu, gpu_plan):
             monkeypatch.setattr(module, "decode_choice", lambda *_, choice=choice: choice)
         got = attend(step, sinks=sinks)
@@ -287,7 +287,7 @@ def call(**changes: Any) -> None:
         ({"q": torch.zeros(3, 4, 24)}, "head_dim must be a multiple of 16"),
         ({"q": torch.zeros(3, 3, 32)}, "query heads must be a multiple of 2, got 3"),
         ({"q": torch.zeros(3, 4, 32, dtype=torch.float64)}, "q must be one of"),
-        ({"q": torch.zeros(3, 4, 64)[:, :, :32]}, "q must have dense heads"),
+        ({"q": torch.zeros(3, 4, 64, device=DEVICE)[:, :, :32]}, "q must have dense heads"),
         ({"v_cache": torch.zeros(3, 2, 32, 16)}, r"caches must be \(3, 2, 16, 32\)"),
         ({"k_cache": torch.zeros(3, 2, 24, 32)}, "block_size must be one of"),
         ({"q": torch.zeros(3, 4, 32).half()}, "caches of q torch.float16 must be one of"),

@@ -19,6 +19,26 @@ from octavo_kernels.paged_attention.logits_kernel import (
 from octavo_kernels.paged_attention.numerics import merge, softmax_tile
 from octavo_kernels.paged_attention.prefill_kernel import key_offsets
 
+# Four e4m3 codes of $2 to bfloat16, exactly: exponent and mantissa move into place, then a power of
+# two makes up for the difference of biases. NaN, which no cache holds, becomes 480.
+_WIDEN = tl.constexpr("""{ .reg .b32 t, s, p, z;
+    mov.b32 p, 0x7B807B80; mov.b32 z, 0x80008000;
+    prmt.b32 t, $2, 0, 0x1404; shr.b32 s, t, 4; and.b32 s, s, 0x07F007F0;
+    lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 $0, s, p, z;
+    prmt.b32 t, $2, 0, 0x3424; shr.b32 s, t, 4; and.b32 s, s, 0x07F007F0;
+    lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 $1, s, p, z; }""")
+
+
+@triton.jit
+def _widen(x, DTYPE: tl.constexpr, WIDENS: tl.constexpr):
+    """Keys or values in q's dtype; WIDENS: four e4m3 codes at a time to bfloat16."""
+    if WIDENS:
+        codes = x.to(tl.int8, bitcast=True)
+        return tl.inline_asm_elementwise(
+            _WIDEN.value, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    return x.to(DTYPE)
+
 
 @triton.jit
 def _request(requests_ptr, row):
@@ -122,7 +142,7 @@ def decode(
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, Q_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, PARTITION: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, FOLD_ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, WIDENS: tl.constexpr, KEEP_Q: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs of the plan,). FOLD_ROWS: rows folded at a time, 0 = `combine` does it."""
     G: tl.constexpr = N // K
@@ -140,6 +160,7 @@ def decode(
     lane = tl.arange(0, BLOCK_M)
     d = tl.arange(0, HP)
     ahead = tl.zeros([max(1, TILE // BLOCK)], tl.int32)
+    q = tl.zeros([BLOCK_M, HP], q_ptr.dtype.element_ty)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HP], tl.float32)
@@ -183,23 +204,26 @@ def decode(
         tokens = lane // G
         heads = kv_head * G + lane % G
         live = (lane < query_len * G)[:, None] & (d < H)[None, :]
-        q = tl.zeros([BLOCK_M, HP], q_ptr.dtype.element_ty)
-        if always:
+        if not KEEP_Q:  # read for every tile: it costs time, but no registers in between
+            q = tl.zeros([BLOCK_M, HP], q_ptr.dtype.element_ty)
+        if is_first if KEEP_Q else always:
             start = tl.load(requests_ptr + 8 * row + 1)
             at = (start + tokens).to(tl.int64)[:, None] * Q_STRIDE + heads[:, None] * H + d[None, :]
             q = tl.load(q_ptr + at, mask=live, other=0.0)
         natural = logit_scale(scale, k_scale_ptr, kv_head)
         q_pos = seq_len - query_len + tl.minimum(tokens, query_len - 1)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        s = tl.dot(q, tl.trans(_widen(k, q.dtype, WIDENS)), input_precision="ieee")
         s = shape_logits(s, natural, q_pos, k_pos, heads, slopes_ptr, rel_bias_ptr, span, SOFT_CAP)
-        distance = k_pos[None, :] - q_pos[:, None]
-        seen = (k_pos < seq_len)[None, :]
+        # Columns [low, high) of this tile are seen.
+        high = tl.zeros_like(q_pos) + seq_len
         if CAUSAL:
-            seen = seen & (distance <= 0)
+            high = q_pos + 1
         elif WINDOW > 0:
-            seen = seen & (distance < WINDOW)
+            high = tl.minimum(q_pos + WINDOW, seq_len)
+        column = tl.arange(0, TILE)
+        seen = column[None, :] < (high - tile * TILE)[:, None]
         if WINDOW > 0:
-            seen = seen & (distance > -WINDOW)
+            seen = seen & (column[None, :] > (q_pos - WINDOW - tile * TILE)[:, None])
         s = tl.where(seen, s, float("-inf"))
         m = tl.where(is_first, float("-inf"), m)
         l = tl.where(is_first, 0.0, l)
@@ -207,7 +231,7 @@ def decode(
             s, m, l, softmax_scale(natural, slopes_ptr, rel_bias_ptr, SOFT_CAP)
         )
         acc = tl.where(is_first, 0.0, acc * alpha[:, None])
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        acc = tl.dot(p.to(q.dtype), _widen(v, q.dtype, WIDENS), acc, input_precision="ieee")
         # Uses inside an `if` alone would not make the compiler wait for the product.
         acc = tl.where(always, acc, 0.0)
 

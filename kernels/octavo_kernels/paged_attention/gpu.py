@@ -172,7 +172,9 @@ def attend_decode(
         N=num_heads, K=num_kv_heads, H=head_dim, HP=width, Q_STRIDE=q.stride(0),
         BLOCK=k_cache.shape[2], BLOCK_M=DECODE_ROWS, TILE=numerics.tile_size(head_dim),
         PARTITION=plan.partition, CAUSAL=is_causal, WINDOW=plan.sliding_window, SOFT_CAP=soft_cap,
-        FOLD_ROWS=fold_rows if is_fused else 0, STAGES=choice["stages"], num_warps=4,
+        FOLD_ROWS=fold_rows if is_fused else 0, STAGES=choice["stages"],
+        KEEP_Q=bool(choice["keep_q"]), num_warps=4,
+        WIDENS=(k_cache.dtype, q.dtype) == (FP8, torch.bfloat16) and q.device.type != "cpu",
     )  # fmt: skip
     if plan.is_split and not is_fused:
         launch(

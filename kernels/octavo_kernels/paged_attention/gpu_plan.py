@@ -115,8 +115,7 @@ def make_plan(
     group = num_heads // num_kv_heads
     partition, block_q = numerics.PARTITION, PREFILL_ROWS // group
     num_partitions = num_requests * -(-max_seq_len // partition)
-    if max_partitions is not None:
-        num_partitions = min(num_partitions, max_partitions)
+    num_partitions = min(num_partitions, max_partitions or num_partitions)
     decode_rows = 0 if cache_dtype == torch.float32 else DECODE_ROWS
     rows_bound = min(max_query_len, decode_rows // group) * num_heads
     needed_rows = num_partitions * rows_bound if max_seq_len > partition else 0
@@ -124,8 +123,10 @@ def make_plan(
     capacity = 0
     if max_query_len * group > decode_rows or needed_rows > partial_rows:
         capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens)
-    num_programs = per_sm or decode_choice(head_dim, cache_dtype)["per_sm"]
-    num_programs *= _processors(seq_lens.device.type) if rows_bound and num_requests else 0
+    num_programs = 0
+    if rows_bound and num_requests:
+        num_programs = per_sm or decode_choice(head_dim, cache_dtype)["per_sm"]
+        num_programs *= _processors(seq_lens.device.type)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=seq_lens.device)
@@ -164,7 +165,8 @@ def decode_choice(head_dim: int, cache_dtype: torch.dtype) -> Choice:
     """How the decode kernel is launched, which decides no bits.
 
     per_sm: programs on a multiprocessor; stages: tiles on their way or in use; fused: whether the
-    last program of a (request, kv head) folds its partials, or a kernel of its own does.
+    last program of a (request, kv head) folds its partials, or a kernel of its own does; keep_q:
+    whether queries stay in registers from tile to tile.
     """
     size = cache_dtype.itemsize
     default = decode_candidates(head_dim, size)[0]
@@ -183,7 +185,12 @@ def decode_candidates(head_dim: int, itemsize: int) -> tuple[Choice, ...]:
         widened = 2 * tile * width if itemsize < 2 else 0
         needed = buffers * 2 * tile * width * itemsize + max(scratch, widened)
         if per_sm * (needed + 1024) <= _SHARED_BYTES:
-            found += [{"per_sm": per_sm, "stages": stages, "fused": fused} for fused in (1, 0)]
+            kept = (0, 1) if itemsize < 2 or head_dim > 128 else (1, 0)
+            found += [
+                {"per_sm": per_sm, "stages": stages, "fused": fused, "keep_q": keep_q}
+                for keep_q in kept
+                for fused in (1, 0)
+            ]
     return tuple(found)
 
 
