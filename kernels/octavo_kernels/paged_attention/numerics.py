@@ -1,11 +1,11 @@
-"""The arithmetic of GPU attention that every kernel shares, so that all of them give one row's bits.
+"""The arithmetic of GPU attention, shared by every kernel so that all of them give a row's bits.
 
 A row (one query head of one token) is defined by positions alone, whatever kernel computes it:
 
-- Keys are taken in tiles of `tile_size(H)` positions, tile j = positions [j * TILE, (j + 1) * TILE).
-- Tiles form partitions of PARTITION positions. Within a partition tiles go in ascending order through
-  `softmax_tile`, starting from (m, l, acc) = (-inf, 0, 0); partitions are folded in ascending order
-  with `merge`, starting from (-inf, 0, 0) as well. A sink is folded last.
+- Keys are taken in tiles of `tile_size(H)` positions, tile j = positions [j * TILE, (j+1) * TILE).
+- Tiles form partitions of PARTITION positions. Within a partition tiles go in ascending order
+  through `softmax_tile`, starting from (m, l, acc) = (-inf, 0, 0); partitions are folded in
+  ascending order with `merge`, starting from (-inf, 0, 0) as well. A sink is folded last.
 - A tile or partition that a row does not see at all changes none of its bits, so tiles of rows that
   see different positions can be computed together.
 - Scores and values are multiplied by the tensor cores in ascending order with float32 sums; every
@@ -66,5 +66,5 @@ def fold_sink(m, l, acc, sink):
 
 @triton.jit
 def normalise(l, acc):
-    """acc / l, and 0 for a row that sees nothing."""
-    return acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    """acc * (1 / l), and 0 for a row that sees nothing."""
+    return acc * (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]
