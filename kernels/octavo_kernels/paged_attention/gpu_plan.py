@@ -106,7 +106,8 @@ def make_plan(
     per_sm: programs of it on a multiprocessor, to try (default: the measured choice).
     max_partitions: a bound on the partitions of all decoded requests together (default: as many as
     R requests of max_seq_len have). Requests that find no room for their partials are prefilled:
-    the same bits, slower. A good bound saves memory, and the prefill launch.
+    the same bits, slower. A good bound saves memory, and the prefill launch; a broken one may
+    leave rows unwritten.
     shared_partitions [R] int32: leading partitions whose partials another kernel computes.
     """
     num_requests = seq_lens.shape[0]
@@ -123,10 +124,9 @@ def make_plan(
     capacity = 0
     if max_query_len * group > decode_rows or needed_rows > partial_rows:
         capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens)
-    num_programs = 0
-    if rows_bound and num_requests:
-        num_programs = per_sm or decode_choice(head_dim, cache_dtype)["per_sm"]
-        num_programs *= _processors(seq_lens.device.type)
+    num_programs = _processors(seq_lens.device.type) if rows_bound and num_requests else 0
+    if num_programs:
+        num_programs *= per_sm or decode_choice(head_dim, cache_dtype)["per_sm"]
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=seq_lens.device)
