@@ -45,7 +45,12 @@ class History:
 
 
 def attend(
-    steps: list[tuple[History, int, int]], *, block: int = 16, seed: int = 0, **options: Any
+    steps: list[tuple[History, int, int]],
+    *,
+    block: int = 16,
+    seed: int = 0,
+    cache_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """Outputs of one step; each request computes tokens [first, last) of its history."""
     _, num_kv_heads, head_dim = steps[0][0].k.shape
@@ -61,7 +66,7 @@ def attend(
             for at in range(0, last, block):
                 part = getattr(history, name)[at : min(at + block, last)]
                 cache[tables[row, at // block], :, : len(part)] = part.transpose(0, 1)
-        caches.append(cache.to(DEVICE))
+        caches.append(cache.to(cache_dtype or dtype).to(DEVICE))
     for row, (_, _, last) in enumerate(steps):
         tables[row, -(-last // block) :] = -1
     counts = [last - first for _, first, last in steps]
@@ -84,16 +89,16 @@ def only_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_partitions")
-@pytest.mark.parametrize("window", [0, 150])
+@pytest.mark.parametrize(("window", "cache_dtype"), [(0, None), (150, None), (0, gpu.FP8)])
 def test_decode_and_prefill_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, window: int
+    monkeypatch: pytest.MonkeyPatch, window: int, cache_dtype: torch.dtype | None
 ) -> None:
     history = History.make(300, N=2, K=1, H=32, seed=1, dtype=torch.bfloat16)
-    sizes = {"sliding_window": window, "max_query_len": 3}
+    sizes: dict[str, Any] = {"sliding_window": window, "cache_dtype": cache_dtype}
     decoded = attend([(history, 297, 300)], **sizes)
     only_prefill(monkeypatch)
     assert same_bits(attend([(history, 297, 300)], **sizes)[0], decoded[0])
-    assert same_bits(attend([(history, 0, 300)], sliding_window=window)[0][297:], decoded[0])
+    assert same_bits(attend([(history, 0, 300)], **sizes)[0][297:], decoded[0])
 
 
 @pytest.mark.usefixtures("short_partitions")
