@@ -20,12 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo_kernels.paged_attention import numerics
-from octavo_kernels.paged_attention.numerics import (
-    fold_sink,
-    merge,
-    normalise,
-    softmax_tile,
-)
+from octavo_kernels.paged_attention.numerics import fold_sink, merge, normalise, softmax_tile
 
 GROUP_ROWS = gl.constexpr(64)  # rows of a consumer warpgroup
 GROUPS = gl.constexpr(2)
@@ -37,59 +32,53 @@ copy_box = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _passes(num_tiles, K: gl.constexpr):
-    """How the items (tile, kv head) are ordered: pass by pass over some of the kv heads, so that
-    what all programs read lies in the L2 cache, with rounds enough in a pass to even out.
-
-    Returns the heads of a pass, its items, its rounds, and the rounds of all passes.
-    """
-    programs = gl.num_programs(0)
+def _heads_of_a_pass(num_tiles, K: gl.constexpr):
+    """Items (tile, kv head) are taken pass by pass over some of the kv heads, so that what all
+    programs read lies in the L2 cache, with rounds enough in a pass to even out."""
     heads = num_tiles * 0 + K
     for power in gl.static_range(3, -1, -1):
         if K % (1 << power) == 0:
-            heads = gl.where(num_tiles * (1 << power) >= PASS_ROUNDS * programs, 1 << power, heads)
-    items = num_tiles * heads
-    rounds = gl.maximum((items + programs - 1) // programs, 1)
-    return heads, items, rounds, rounds * (K // heads)
+            enough = num_tiles * (1 << power) >= PASS_ROUNDS * gl.num_programs(0)
+            heads = gl.where(enough, 1 << power, heads)
+    return heads
 
 
 @gluon.jit
-def _place(round, rounds):
-    """The item of its pass that this program takes in a round: there and back, longest first, so
-    that long items even out."""
+def _turn(round, first_head, heads, num_tiles):
+    """What a program takes in a round of the pass that begins with first_head: there and back,
+    longest first, so that long items even out. Only a pass's last round may have nothing for it:
+    then, what it takes first in the next pass. Returns the place in the pass, the round, the pass.
+    """
     p, programs = gl.program_id(0), gl.num_programs(0)
-    back = (round % rounds) % 2 == 1
-    return round % rounds * programs + gl.where(back, programs - 1 - p, p)
+    place = round * programs + gl.where(round % 2 == 1, programs - 1 - p, p)
+    over = place >= num_tiles * heads
+    first_head = gl.where(over, first_head + heads, first_head)
+    return gl.where(over, p, place), gl.where(over, 0, round), first_head
 
 
 @gluon.jit
-def _next_round(round, num_tiles, K: gl.constexpr):
-    """The first round from `round` on that has an item for this program, and whether one has."""
-    _, items, rounds, end = _passes(num_tiles, K)
-    round = gl.to_tensor(round)
-    while (round < end) & (_place(round, rounds) >= items):
-        round += 1
-    return round, round < end
-
-
-@gluon.jit
-def _item(round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.constexpr,
-          BLOCK_Q: gl.constexpr, TILE: gl.constexpr, CAUSAL: gl.constexpr,
-          WINDOW: gl.constexpr):  # fmt: skip
-    """This program's item of a round (past the last: any item): request, kv head, its first row of
-    q, its tokens, the first one's position, the request's keys, and the tiles of keys [begin, end)
-    that there are to do (at least one)."""
-    heads, _, rounds, _ = _passes(num_tiles, K)
-    place = _place(round, rounds)
+def _tile(place, first_head, heads, num_tiles, tiles_ptr, K: gl.constexpr):
+    """An item (past the last: any item): request, first token, kv head."""
     tile = gl.minimum(place // heads, num_tiles - 1)
-    head = gl.minimum(round // rounds * heads + place % heads, K - 1)
-    request = gl.load(tiles_ptr + 2 * tile)
-    first = gl.load(tiles_ptr + 2 * tile + 1)
+    head = gl.minimum(first_head + place % heads, K - 1)
+    return gl.load(tiles_ptr + 2 * tile), gl.load(tiles_ptr + 2 * tile + 1), head
+
+
+@gluon.jit
+def _bounds(request, starts_ptr, lengths_ptr):
+    """A request's first row of q, the next one's, and its keys."""
     start = gl.load(starts_ptr + request)
-    query_len = gl.load(starts_ptr + request + 1) - start
-    keys = gl.minimum(gl.load(lengths_ptr + request), max_keys)
-    tokens = gl.minimum(query_len - first, BLOCK_Q)
-    position = keys - query_len + first
+    return start, gl.load(starts_ptr + request + 1), gl.load(lengths_ptr + request)
+
+
+@gluon.jit
+def _item(first, start, stop, keys, max_keys, BLOCK_Q: gl.constexpr, TILE: gl.constexpr,
+          CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
+    """An item's first row of q, its tokens, the first one's position, the request's keys, and the
+    tiles of keys [begin, end) that there are to do (at least one)."""
+    keys = gl.minimum(keys, max_keys)
+    tokens = gl.minimum(stop - start - first, BLOCK_Q)
+    position = keys - (stop - start) + first
     end = keys
     if CAUSAL:
         end = position + tokens
@@ -97,7 +86,7 @@ def _item(round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K: gl.
     if WINDOW > 0:
         begin = gl.maximum(position - WINDOW + 1, 0) // TILE
     end = gl.maximum((end + TILE - 1) // TILE, begin + 1)
-    return request, head, start + first, tokens, position, keys, begin, end
+    return start + first, tokens, position, keys, begin, end
 
 
 @gluon.jit
@@ -132,21 +121,35 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
     """The producer warp: K and V tiles of this program's items, in order."""
     num_tiles = gl.load(num_tiles_ptr)
     count = 0
-    round, more = _next_round(0, num_tiles, K)
-    while more:
-        request, head, _, _, _, keys, begin, end = _item(
-            round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE,
-            CAUSAL, WINDOW,
-        )  # fmt: skip
+    heads = _heads_of_a_pass(num_tiles, K)
+    if gl.program_id(0) >= num_tiles * heads:
+        return
+    # what an item is takes two loads: each is started one item before it is needed
+    request, first, head = _tile(gl.program_id(0), 0, heads, num_tiles, tiles_ptr, K)
+    start, stop, length = _bounds(request, starts_ptr, lengths_ptr)
+    place, round, next_pass = _turn(1, 0, heads, num_tiles)
+    next_request, next_first, next_head = _tile(place, next_pass, heads, num_tiles, tiles_ptr, K)
+    this_pass = num_tiles * 0
+    while this_pass < K:
+        _, _, _, keys, begin, end = _item(
+            first, start, stop, length, max_keys, BLOCK_Q, TILE, CAUSAL, WINDOW
+        )
         table = table_ptr + request.to(gl.int64) * table_stride
         rows = _block_rows(table, begin, keys, head, no_row, K, TILE, BLOCK)
+        start, stop, length = _bounds(next_request, starts_ptr, lengths_ptr)
+        place, round, last_pass = _turn(round + 1, next_pass, heads, num_tiles)
+        last_request, last_first, last_head = _tile(
+            place, last_pass, heads, num_tiles, tiles_ptr, K
+        )
         for tile in range(begin, end):
             ahead = _block_rows(table, tile + 1, keys, head, no_row, K, TILE, BLOCK)
             _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, TILE, BLOCK)
             _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, TILE, BLOCK)
             rows = ahead
             count += 1
-        round, more = _next_round(round + 1, num_tiles, K)
+        request, first, head, this_pass = next_request, next_first, next_head, next_pass
+        next_request, next_first, next_head = last_request, last_first, last_head
+        next_pass = last_pass
 
 
 @gluon.jit
@@ -244,8 +247,9 @@ def _store(out_ptr, rows, smem, row, tokens, head, group: gl.constexpr, N: gl.co
 
 @gluon.jit
 def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count, begin,
-            end, full_from, full_to, low, keys, last, scale, q_ptr, next_row, next_tokens,
-            next_head, group: gl.constexpr, Q_STRIDE: gl.constexpr, G: gl.constexpr,
+            end, full_from, full_to, low, keys, last, scale, q_ptr, next_first, next_start,
+            next_stop, next_length, next_head, max_keys, group: gl.constexpr,
+            Q_STRIDE: gl.constexpr, G: gl.constexpr, BLOCK_Q: gl.constexpr, CAUSAL: gl.constexpr,
             A: gl.constexpr, S: gl.constexpr, FLAT: gl.constexpr,
             PARTITION: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """The rows in q_smem against tiles [begin, end) of keys, the ring's from number `count` on.
@@ -309,6 +313,9 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
             acc = gl.zeros([GROUP_ROWS, H], gl.float32, A)
         acc = acc * gl.convert_layout(alpha, A_ROW, assert_trivial=True)[:, None]
         p = gl.convert_layout(x.to(dtype), P)
+    next_row, next_tokens, next_place, next_keys, next_begin, next_end = _item(
+        next_first, next_start, next_stop, next_length, max_keys, BLOCK_Q, TILE, CAUSAL, WINDOW
+    )
     _load_q(q_ptr, q_smem, next_row, next_tokens, next_head, group, Q_STRIDE, G)
     if end * TILE > keys:
         _clear_unseen(v_smem.index(count % v_smem.shape[0]), 0, keys - (end - 1) * TILE, FLAT)
@@ -321,7 +328,7 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
         acc = acc + 0.0
     m = gl.convert_layout(m, A_ROW, assert_trivial=True)
     l = gl.convert_layout(l, A_ROW, assert_trivial=True)
-    return m, l, acc
+    return m, l, acc, next_row, next_tokens, next_place, next_keys, next_begin, next_end
 
 
 @gluon.jit
@@ -340,22 +347,24 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     scale = scale * LOG2_E
     r = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, S))
     num_tiles = gl.load(num_tiles_ptr)
-    round, more = _next_round(0, num_tiles, K)
-    if not more:
+    heads = _heads_of_a_pass(num_tiles, K)
+    if gl.program_id(0) >= num_tiles * heads:
         return
     count = 0
-    _, head, row, tokens, position, keys, begin, end = _item(
-        round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE, CAUSAL,
-        WINDOW,
-    )  # fmt: skip
+    # what an item is takes two loads: each is started one item before it is needed
+    request, first, head = _tile(gl.program_id(0), 0, heads, num_tiles, tiles_ptr, K)
+    start, stop, length = _bounds(request, starts_ptr, lengths_ptr)
+    row, tokens, position, keys, begin, end = _item(
+        first, start, stop, length, max_keys, BLOCK_Q, TILE, CAUSAL, WINDOW
+    )
     _load_q(q_ptr, q_smem, row, tokens, head, group, Q_STRIDE, G)
-    while more:
-        round, more = _next_round(round + 1, num_tiles, K)
-        # the item after this one: its rows of q are copied while this one ends
-        _, next_head, next_row, next_tokens, next_place, next_keys, next_begin, next_end = _item(
-            round, num_tiles, tiles_ptr, starts_ptr, lengths_ptr, max_keys, K, BLOCK_Q, TILE,
-            CAUSAL, WINDOW,
-        )  # fmt: skip
+    place, round, next_pass = _turn(1, 0, heads, num_tiles)
+    request, first, next_head = _tile(place, next_pass, heads, num_tiles, tiles_ptr, K)
+    this_pass = num_tiles * 0
+    while this_pass < K:
+        start, stop, length = _bounds(request, starts_ptr, lengths_ptr)
+        place, round, last_pass = _turn(round + 1, next_pass, heads, num_tiles)
+        request, last_first, last_head = _tile(place, last_pass, heads, num_tiles, tiles_ptr, K)
         low, full_from = 0, 0
         if CAUSAL:
             last = gl.where(r // G < tokens, position + r // G, -1)
@@ -368,10 +377,11 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
             full_to = keys // TILE
         async_copy.wait_group(0)
         fence_async_shared()
-        m, l, acc = _attend(
+        m, l, acc, next_row, next_tokens, position, keys, next_begin, next_end = _attend(
             q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty, count,
-            begin, end, full_from, full_to, low, keys, last, scale, q_ptr, next_row, next_tokens,
-            next_head, group, Q_STRIDE, G, A, S, FLAT, PARTITION, WINDOW,
+            begin, end, full_from, full_to, low, keys, last, scale, q_ptr, first, start, stop,
+            length, next_head, max_keys, group, Q_STRIDE, G, BLOCK_Q, CAUSAL, A, S, FLAT,
+            PARTITION, WINDOW,
         )  # fmt: skip
         count += end - begin
         if sinks_ptr is not None:
@@ -379,8 +389,8 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
             m, l, acc = fold_sink(m, l, acc, gl.load(sinks_ptr + h) * LOG2_E)
         rows = normalise(l, acc).to(q_smem.dtype)
         _store(out_ptr, rows, fold_smem, row, tokens, head, group, N, G, FLAT)
-        head, row, tokens, position = next_head, next_row, next_tokens, next_place
-        keys, begin, end = next_keys, next_begin, next_end
+        head, row, tokens, begin, end = next_head, next_row, next_tokens, next_begin, next_end
+        first, next_head, this_pass, next_pass = last_first, last_head, next_pass, last_pass
     async_copy.wait_group(0)
 
 
