@@ -54,13 +54,13 @@ def decode_hopper_candidates(head_dim: int, itemsize: int) -> tuple[Choice, ...]
     """Launch choices that fit shared memory, which decide no bits; the default first.
 
     stages: tiles of K, and of V, on their way or in use; k_wide, v_wide: tiles of an 8-bit cache
-    that are kept widened; fused: whether the last program of a (request, kv head) folds its
+    that are kept widened (the consumer holds two tiles of V and one of K at a time); fused: whether the last program of a (request, kv head) folds its
     partials, or a kernel of its own does.
     """
     stages: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
         (128, 2): ((3, 0, 0), (2, 0, 0)),
         (64, 2): ((6, 0, 0), (5, 0, 0), (4, 0, 0), (3, 0, 0)),
-        (128, 1): ((3, 1, 2), (4, 1, 1), (2, 1, 2), (2, 2, 2)),
+        (128, 1): ((3, 1, 2), (2, 1, 2), (2, 2, 2)),
         (64, 1): ((8, 2, 2), (6, 2, 2), (6, 2, 4), (4, 4, 4)),
     }
     return tuple(
