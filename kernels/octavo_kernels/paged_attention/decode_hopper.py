@@ -54,8 +54,8 @@ def decode_hopper_candidates(head_dim: int, itemsize: int) -> tuple[Choice, ...]
     """Launch choices that fit shared memory, which decide no bits; the default first.
 
     stages: tiles of K, and of V, on their way or in use; k_wide, v_wide: tiles of an 8-bit cache
-    that are kept widened (the consumer holds two tiles of V and one of K at a time); fused: whether the last program of a (request, kv head) folds its
-    partials, or a kernel of its own does.
+    that are kept widened (the consumer holds one tile of K and two of V at a time); fused: whether
+    the last program of a (request, kv head) folds its partials, or a kernel of its own does.
     """
     stages: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
         (128, 2): ((3, 0, 0), (2, 0, 0)),
