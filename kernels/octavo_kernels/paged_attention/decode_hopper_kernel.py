@@ -27,6 +27,7 @@ from octavo_kernels.paged_attention.numerics import merge, softmax_tile
 ROWS = gl.constexpr(64)  # of a unit: query tokens x heads of one kv head, the rest zeros
 RENAMED = gl.constexpr(hasattr(tma, "async_load"))  # after Triton 3.6
 copy_rows = async_copy.async_load if RENAMED.value else async_copy.async_copy_global_to_shared
+all_threads = gl.barrier if RENAMED.value else gl.thread_barrier
 copy_box = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 
 
@@ -358,7 +359,7 @@ def _end_unit(m, l, acc, row, head, part, unit, out_ptr, arrivals_ptr, m_ptr, l_
         gl.store(l_ptr + at, l, mask=r < rows)
         gl.store(acc_ptr + at[:, None] * H + d[None, :], acc, mask=(r < rows)[:, None])
         if FUSED:
-            gl.thread_barrier()  # all stores before the arrival
+            all_threads()  # all stores before the arrival
             arrival = arrivals_ptr + row * K + head
             if gl.atomic_add(arrival, 1, sem="acq_rel") == stop - own - 1:
                 _fold(
