@@ -17,7 +17,7 @@ from octavo_kernels.paged_attention.gpu_plan import (
     make_plan,
     padded,
 )
-from octavo_kernels.paged_attention.prefill import attend_prefill
+from octavo_kernels.paged_attention.prefill_hopper import attend_prefill_fastest
 from octavo_kernels.tuning import Choice
 
 __all__ = ["AttentionPlan", "kv_cache_shape", "make_plan", "paged_attention"]
@@ -124,7 +124,7 @@ def paged_attention(
     if plan.num_programs:
         attend_decode(q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, **options)
     if plan.tiles.shape[0]:
-        attend_prefill(
+        attend_prefill_fastest(
             q, k_cache, v_cache, out, plan=plan, block_tables=block_tables,
             query_start_loc=query_start_loc, seq_lens=seq_lens, **options,
         )  # fmt: skip

@@ -1,11 +1,12 @@
-"""Starts the Hopper prefill kernel over a plan's tiles. Knows what it takes; checks no inputs.
+"""Starts the Hopper prefill kernel over a plan's tiles, or the plain one where it cannot run.
 
-Same bits as `prefill.attend_prefill`, which takes everything else.
+Both have the same bits. Knows what the Hopper kernel takes; checks no inputs.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import numerics, prefill_hopper_kernel
 from octavo_kernels.paged_attention.gpu_plan import PREFILL_ROWS, AttentionPlan
+from octavo_kernels.paged_attention.prefill import attend_prefill
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
+_SHAPING = ("soft_cap", "alibi_slopes", "rel_bias", "k_scale", "v_scale")  # the plain kernel's
 
 
 def supports(
@@ -53,6 +56,32 @@ def supports(
 def is_hopper() -> bool:
     """Whether the current GPU can run the kernel (TMA, WGMMA: compute capability 9.x)."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def attend_prefill_fastest(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    *,
+    plan: AttentionPlan,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    **options: Any,
+) -> None:
+    """`prefill.attend_prefill` with its arguments, by the Hopper kernel wherever that can run."""
+    common: dict[str, Any] = {
+        "plan": plan, "block_tables": block_tables, "query_start_loc": query_start_loc,
+        "seq_lens": seq_lens,
+    }  # fmt: skip
+    asked: dict[str, Any] = {n: options[n] for n in _SHAPING if options.get(n) is not None}
+    is_causal = options.get("is_causal", True)
+    if is_hopper() and supports(q, k_cache, plan=plan, is_causal=is_causal, **asked):
+        rest = {name: value for name, value in options.items() if name not in _SHAPING}
+        attend_prefill_hopper(q, k_cache, v_cache, out, **common, **rest)
+    else:
+        attend_prefill(q, k_cache, v_cache, out, **common, **options)
 
 
 def attend_prefill_hopper(
