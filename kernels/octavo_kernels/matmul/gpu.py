@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo_kernels.launch import launch
 from octavo_kernels.matmul import cublas
+from octavo_kernels.matmul.gpu_hopper import by_hopper_tile, hopper_shared_bytes, runs_on_hopper
 from octavo_kernels.matmul.gpu_kernel import finish_kernel, gated_linear_kernel, linear_kernel
 from octavo_kernels.matmul.gpu_tma_kernel import gated_linear_tma_kernel, linear_tma_kernel
 from octavo_kernels.tuning import Choice, choose
@@ -207,11 +208,23 @@ def by_tile(
     out: Tensor,
     use_pdl: bool = False,
 ) -> Tensor:
-    """`linear` by the given tile into out, whose shape and dtype are right."""
+    """`linear` by the given tile into out, whose shape and dtype are right.
+
+    A tile may say by "PDL": 0 that an early launch does not pay for it.
+    """
     num_rows, k = x.shape
     n = out.shape[1]
+    use_pdl = use_pdl and bool(tile.get("PDL", 1))
+    if "HOPPER" in tile:
+        if runs_on_hopper(x, weight):
+            name = "" if activation is None else ACTIVATIONS[activation]
+            extras: dict[str, Any] = {"bias": bias, "residual": residual, "out": out}
+            return by_hopper_tile(x, weight, tile, activation=name, use_pdl=use_pdl, **extras)
+        bucket = bucket_of(num_rows)
+        tile = default_tile(weight.shape[0], k, x.dtype, bucket, activation is not None)
     tiles = _parts(num_rows, tile["BLOCK_M"]) * _parts(n, tile["BLOCK_N"])
     options: dict[str, Any] = {**tile, "K": k, "HAS_BIAS": bias is not None}
+    options.pop("PDL", None)
     kernels: tuple[Any, Any] = linear_kernel, gated_linear_kernel
     inputs: tuple[Any, Any] = x, weight
     if options.pop("TMA") and _is_for_copy_engine(x) and _is_for_copy_engine(weight):
@@ -256,6 +269,8 @@ def _parts(size: int, block: int) -> int:
 
 def shared_bytes(tile: Choice, gated: bool) -> int:
     """Shared memory of a program with tile and 16-bit inputs, as compiled or nearly."""
+    if "HOPPER" in tile:
+        return hopper_shared_bytes(tile)
     columns = tile["BLOCK_N"] * (2 if gated else 1)
     stage = 2 * (tile["BLOCK_M"] + columns) * tile["BLOCK_K"]
     if tile["TMA"]:  # a finished tile leaves while the next ones arrive

@@ -2,7 +2,8 @@
 
 Importing it holds cuBLAS to the same bits for the whole process, which is why a server does not.
 Tiles first; then, in another process, the two ops named cublas, which measure cuBLAS against the
-tiles of the table.
+tiles of the table. The calls timed follow one another in a graph, on weights of their own, so that
+an early launch ("PDL": 1) shows what it gains: the next one's weights come while one ends.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from octavo_kernels.matmul.gpu import (
     tile_for,
     tuned_key,
 )
+from octavo_kernels.matmul.gpu_hopper import hopper_shared_bytes, make_hopper_tile
 from octavo_kernels.tuning import Choice, Tunable
 
 if torch.cuda.is_available() and not cublas.is_too_late():
@@ -78,6 +80,23 @@ _STREAMING = (
     (128, 128, 4, 4, 1),
     (128, 128, 8, 4, 1),
 )
+# Of those, what was best somewhere: measured with early launches too.
+_EARLY = (
+    (16, 256, 1, 5, 1),
+    (16, 256, 1, 6, 1),
+    (16, 512, 2, 4, 0),
+    (32, 256, 2, 5, 1),
+    (32, 512, 2, 4, 1),
+    (64, 64, 4, 8, 1),
+    (64, 128, 4, 6, 1),
+    (128, 128, 4, 4, 1),
+)
+# Hopper's ring: weight rows of a wgmma; (bytes, BLOCK_K). Half of the shared memory leaves room for
+# a second program, or for the next launch, which fills its ring early.
+_HOPPER_ROWS = (8, 16, 24, 32, 40, 48, 56, 64)
+_HALF, _WHOLE = 112 * 1024, 224 * 1024
+_HOPPER_RINGS = ((_HALF, 64), (_HALF, 128), (_WHOLE, 128), (_WHOLE, 256))
+_MULTIPROCESSORS = 132
 # (BLOCK_M, BLOCK_N, warps, stages) at BLOCK_K 64 for 128 and 256 rows, then for many
 _MIDDLE = (
     (64, 32, 4, 5),
@@ -112,8 +131,10 @@ def _parts(key: str) -> tuple[int, int, torch.dtype, int]:
     return n, k, getattr(torch, dtype), int(bucket)
 
 
-def _streaming(bucket: int, k: int, gated: bool) -> Iterable[Choice]:
-    for block_n, block_k, warps, stages, swap in _STREAMING:
+def _streaming(
+    bucket: int, k: int, gated: bool, tiles: Iterable[tuple[int, int, int, int, int]]
+) -> Iterable[Choice]:
+    for block_n, block_k, warps, stages, swap in tiles:
         if gated and block_n > 64:
             continue
         # 8 rows only as the flat operand; no tile longer than what it walks, and none whose x
@@ -122,6 +143,33 @@ def _streaming(bucket: int, k: int, gated: bool) -> Iterable[Choice]:
         if block_k > k or rows * block_k > 8192 * max(warps // 2, 1):
             continue
         yield make_tile(rows, block_n, block_k, warps=warps, stages=stages, swap=swap)
+
+
+def _hopper(bucket: int, n: int, k: int, gated: bool) -> Iterable[Choice]:
+    """Rings over the tiles that spread the rows most evenly, and over those of 64 rows."""
+    columns = n // 2 if gated else n
+    tall = [(rows, 2) for rows in _HOPPER_ROWS if gated or rows >= 40]
+    shapes = tall if gated else [*tall, *((rows, 1) for rows in _HOPPER_ROWS)]
+    widths = {shape: shape[0] if gated else shape[0] * shape[1] for shape in shapes}
+    shapes.sort(key=lambda shape: _cost(columns, bucket, widths[shape]))
+    for shape in dict.fromkeys((*shapes[:3], (64, 2 if gated else 1))):
+        rows, parts = shape
+        for ring, block_k in _HOPPER_RINGS:
+            one = make_hopper_tile(bucket, rows, block_k, stages=1, parts=parts)
+            stages = min(ring // hopper_shared_bytes(one), -(-k // block_k))
+            if stages < 2:
+                continue
+            tile = {**one, "STAGES": stages}
+            yield tile
+            yield {**tile, "PDL": 1}
+            if ring == _HALF and columns > widths[shape] * _MULTIPROCESSORS:
+                yield {**tile, "HOPPER": 2}
+
+
+def _cost(columns: int, bucket: int, width: int) -> float:
+    """Of the busiest multiprocessor: weight rows, and as a part of those x, which comes from L2."""
+    most = -(-columns // (width * _MULTIPROCESSORS)) * width
+    return most * (1 + bucket / width / 4)
 
 
 def _wide(tiles: Iterable[tuple[int, int, int, int]], bucket: int, gated: bool) -> Iterable[Choice]:
@@ -141,7 +189,9 @@ def _wide(tiles: Iterable[tuple[int, int, int, int]], bucket: int, gated: bool) 
 def _tiles(key: str, gated: bool) -> list[Choice]:
     n, k, dtype, bucket = _parts(key)
     if bucket <= 64:
-        more = _streaming(bucket, k, gated)
+        early = [{**t, "PDL": 1} for t in _streaming(bucket, k, gated, _EARLY)]
+        ring = [] if dtype == torch.float32 else _hopper(bucket, n, k, gated)
+        more: Iterable[Choice] = [*_streaming(bucket, k, gated, _STREAMING), *early, *ring]
     else:
         more = _wide(_MANY if bucket == BUCKETS[-1] else _MIDDLE, bucket, gated)
     found = [default_tile(n, k, dtype, bucket, gated)]
@@ -160,7 +210,8 @@ def _make(key: str, choice: Choice, gated: bool) -> Callable[[], Any]:
     activation = "silu_mul" if gated else None
     if not choice.get("cublas"):
         tile = choice if "BLOCK_M" in choice else tile_for(n, k, dtype, rows, gated=gated)
-        return lambda: by_tile(x, weight, tile, activation=activation, out=out)
+        early = bool(tile.get("PDL", 0))
+        return lambda: by_tile(x, weight, tile, activation=activation, out=out, use_pdl=early)
     if not cublas.is_held():
         raise ValueError("cuBLAS is not held to the same bits in this process")
     return lambda: by_cublas(x, weight, activation=activation, out=out)
