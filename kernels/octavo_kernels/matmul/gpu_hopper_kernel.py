@@ -206,9 +206,10 @@ def linear_hopper_kernel(
     NUM_K: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     dtype: gl.constexpr = x_desc.dtype
     w_shape: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WGMMA_ROWS, BLOCK_K], dtype)
+    x_shape: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_K], dtype)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     w_smem = gl.allocate_shared_memory(dtype, [STAGES * PARTS, WGMMA_ROWS, BLOCK_K], w_shape)
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_shape)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     for i in gl.static_range(STAGES):
