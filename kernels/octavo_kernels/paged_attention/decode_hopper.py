@@ -89,8 +89,8 @@ def attend_decode_hopper(
 
     For what `supports` says. A block number beyond the cache reads as zeros or as another block.
     """
-    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
-    num_heads, cache_rows = plan.num_heads, k_cache.shape[:3].numel()
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    num_heads = plan.num_heads
     if choice is None:
         choice = decode_hopper_candidates(head_dim, k_cache.dtype.itemsize)[0]
     is_fused = plan.is_split and bool(choice["fused"])
@@ -101,7 +101,7 @@ def attend_decode_hopper(
         (-(-plan.num_programs // step),),
         q, _descriptor(k_cache), _descriptor(v_cache), out, block_tables, plan.requests,
         plan.programs, plan.arrivals, plan.partials_m, plan.partials_l, plan.partials, sinks,
-        k_scale, v_scale, scale, block_tables.stride(0), cache_rows, step, plan.num_programs,
+        k_scale, v_scale, scale, block_tables.stride(0), step, plan.num_programs,
         N=num_heads, K=num_kv_heads, H=head_dim, Q_STRIDE=q.stride(0), BLOCK=block_size,
         TILE=numerics.tile_size(head_dim), PARTITION=plan.partition, CAUSAL=is_causal,
         WINDOW=plan.sliding_window, FUSED=is_fused, STAGES=choice["stages"],

@@ -25,6 +25,7 @@ from octavo_kernels.paged_attention.logits_kernel import finish, logit_scale, so
 from octavo_kernels.paged_attention.numerics import merge, softmax_tile
 
 ROWS = gl.constexpr(64)  # of a unit: query tokens x heads of one kv head, the rest zeros
+LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of the producer warp
 RENAMED = gl.constexpr(hasattr(tma, "async_load"))  # after Triton 3.6
 copy_rows = async_copy.async_load if RENAMED.value else async_copy.async_copy_global_to_shared
 all_threads = gl.barrier if RENAMED.value else gl.thread_barrier
@@ -93,20 +94,20 @@ def _arrive(ring, count):
 @gluon.jit
 def _block_numbers(table_ptr, table_stride, request, tile, keys, more, TILE: gl.constexpr,
                    BLOCK: gl.constexpr):  # fmt: skip
-    """The numbers of a tile's blocks, -1 for a block past the keys."""
+    """The numbers of a tile's blocks, lane i of a warp has block i's; -1 for one past the keys.
+
+    In lanes, not in scalars, because those would be waited for where they are loaded.
+    """
+    lane = gl.arange(0, 32, LANES)
+    block = tile * (TILE // BLOCK) + lane
+    there = (lane < TILE // BLOCK) & (block * BLOCK < keys)
     table = table_ptr + request.to(gl.int64) * table_stride
-    numbers = ()
-    for i in gl.static_range(TILE // BLOCK):
-        block = tile * (TILE // BLOCK) + i
-        number = gl.load(table + block, mask=more & (block * BLOCK < keys), other=-1)
-        numbers = numbers + (number,)
-    return numbers
+    return gl.load(table + block, mask=there & more, other=-1)
 
 
 @gluon.jit
-def _copy_tile(desc, smem, full, empty, numbers, head, count, no_row, K: gl.constexpr,
-               BLOCK: gl.constexpr):  # fmt: skip
-    """Copies tile number `count`, a block at a time; a block without a number reads as 0."""
+def _copy_tile(desc, smem, full, empty, rows, count, BLOCK: gl.constexpr):
+    """Copies tile number `count`, a block at a time: its cache rows from lane i's on."""
     STAGES: gl.constexpr = smem.shape[0]
     TILE: gl.constexpr = smem.shape[1]
     BYTES: gl.constexpr = TILE * smem.shape[2] * smem.dtype.primitive_bitwidth // 8
@@ -115,13 +116,12 @@ def _copy_tile(desc, smem, full, empty, numbers, head, count, no_row, K: gl.cons
     to = smem.index(count % STAGES)
     mbarrier.expect(ready, BYTES)
     for i in gl.static_range(TILE // BLOCK):
-        at = gl.where(numbers[i] < 0, no_row, (numbers[i] * K + head) * BLOCK)
-        copy_box(desc, [at, 0], ready, to.slice(i * BLOCK, BLOCK))
+        copy_box(desc, [rows[i], 0], ready, to.slice(i * BLOCK, BLOCK))
 
 
 @gluon.jit
 def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-             table_ptr, requests_ptr, programs_ptr, table_stride, no_row, step, last_program,
+             table_ptr, requests_ptr, programs_ptr, table_stride, step, last_program,
              K: gl.constexpr, BLOCK: gl.constexpr, PARTITION: gl.constexpr,
              WINDOW: gl.constexpr):  # fmt: skip
     """The producer warp: K and V tiles of this program's units; block numbers a tile ahead."""
@@ -130,16 +130,19 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
     tile, last = _unit_tiles(part, unit[2], unit[3], TILE, PARTITION, WINDOW)
     numbers = _block_numbers(table_ptr, table_stride, unit[0], tile, unit[3], todo > 0, TILE, BLOCK)
     for count in range(todo):
-        now = numbers
-        now_head = head
+        # A negative row lies outside the cache, and what lies outside is copied as 0.
+        lane_rows = (numbers * K + head) * BLOCK
+        rows = ()
+        for i in gl.static_range(TILE // BLOCK):
+            rows = rows + (gl.sum(gl.where(gl.arange(0, 32, LANES) == i, lane_rows, 0), 0),)
+        _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, BLOCK)
+        _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, BLOCK)
         more = count + 1 < todo
         tile += 1
         if tile >= last:
             row, head, part, unit = _next_unit(requests_ptr, row, head, part, more, unit, K)
             tile, last = _unit_tiles(part, unit[2], unit[3], TILE, PARTITION, WINDOW)
         numbers = _block_numbers(table_ptr, table_stride, unit[0], tile, unit[3], more, TILE, BLOCK)
-        _copy_tile(k_desc, k_smem, k_full, k_empty, now, now_head, count, no_row, K, BLOCK)
-        _copy_tile(v_desc, v_smem, v_full, v_empty, now, now_head, count, no_row, K, BLOCK)
 
 
 @gluon.jit
@@ -295,7 +298,7 @@ def _fold(base, rows, parts, start, head, out_ptr, m_ptr, l_ptr, acc_ptr, sinks_
           N: gl.constexpr, G: gl.constexpr, H: gl.constexpr):  # fmt: skip
     """Writes the output of one (request, kv head) from its partials, partitions ascending."""
     STEP: gl.constexpr = 512 // H
-    AHEAD: gl.constexpr = 4  # partitions whose partials are read at once
+    AHEAD: gl.constexpr = 8  # partitions whose partials are read at once
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // H, H // 4], [4, 1], [1, 0])
     d = gl.arange(0, H, gl.SliceLayout(0, layout))
     for at in range(0, rows, STEP):
@@ -307,15 +310,13 @@ def _fold(base, rows, parts, start, head, out_ptr, m_ptr, l_ptr, acc_ptr, sinks_
         for part in range(0, parts, AHEAD):
             read = ()
             for i in gl.static_range(AHEAD):
-                # Written by other programs a moment ago: read past the first-level cache.
-                at_row = (base + (part + i) * rows + row).to(gl.int64)
-                mask = live & (part + i < parts)
-                m_b = gl.load(m_ptr + at_row, mask=mask, other=0.0, cache_modifier=".cg")
-                l_b = gl.load(l_ptr + at_row, mask=mask, other=0.0, cache_modifier=".cg")
-                acc_b = gl.load(
-                    acc_ptr + at_row[:, None] * H + d[None, :],
-                    mask=mask[:, None], other=0.0, cache_modifier=".cg",
-                )  # fmt: skip
+                # Written by other programs a moment ago: read past the first-level cache. (Read
+                # again rather than masked: the compiler would wait for each masked load.)
+                here = gl.minimum(part + i, parts - 1) * rows + gl.minimum(row, rows - 1)
+                at_row = (base + here).to(gl.int64)
+                m_b = gl.load(m_ptr + at_row, cache_modifier=".cg")
+                l_b = gl.load(l_ptr + at_row, cache_modifier=".cg")
+                acc_b = gl.load(acc_ptr + at_row[:, None] * H + d[None, :], cache_modifier=".cg")
                 read = read + ((m_b, l_b, acc_b),)
             for i in gl.static_range(AHEAD):
                 m_a, l_a, acc_a = merge(m, l, acc, read[i][0], read[i][1], read[i][2])
@@ -432,7 +433,7 @@ def _ring(STAGES: gl.constexpr):
     return full, empty
 
 
-@gluon.jit(do_not_specialize=["scale", "table_stride", "no_row", "step", "last_program"])
+@gluon.jit(do_not_specialize=["scale", "table_stride", "step", "last_program"])
 def decode_hopper(
     q_ptr,  # [T, N, H], rows Q_STRIDE elements apart
     k_desc, v_desc,  # cache [B, K, BLOCK, H] as [B * K * BLOCK, H], copied by blocks [BLOCK, H]
@@ -441,7 +442,6 @@ def decode_hopper(
     requests_ptr, programs_ptr, arrivals_ptr, m_ptr, l_ptr, acc_ptr,  # see AttentionPlan
     sinks_ptr, k_scale_ptr, v_scale_ptr,  # [N], [K], [K] float32, or None
     scale, table_stride,
-    no_row,  # a row of the descriptors past the cache
     step, last_program,  # programs of the plan that one of this grid does, and the plan's number
     N: gl.constexpr, K: gl.constexpr, H: gl.constexpr, Q_STRIDE: gl.constexpr, BLOCK: gl.constexpr,
     TILE: gl.constexpr, PARTITION: gl.constexpr, CAUSAL: gl.constexpr,
@@ -475,7 +475,7 @@ def decode_hopper(
                           k_full, k_empty, v_full, v_empty, requests_ptr, programs_ptr, step,
                           last_program)),
                 (_produce, (k_desc, v_desc, k_copied, v_copied, k_here, k_taken, v_here, v_taken,
-                            table_ptr, requests_ptr, programs_ptr, table_stride, no_row, step,
+                            table_ptr, requests_ptr, programs_ptr, table_stride, step,
                             last_program, K, BLOCK, PARTITION, WINDOW)),
             ],
             [4, 1],
@@ -489,7 +489,7 @@ def decode_hopper(
                             acc_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, scale, step,
                             last_program, Q_STRIDE, N, K, PARTITION, CAUSAL, WINDOW, FUSED, True)),
                 (_produce, (k_desc, v_desc, k_copied, v_copied, k_here, k_taken, v_here, v_taken,
-                            table_ptr, requests_ptr, programs_ptr, table_stride, no_row, step,
+                            table_ptr, requests_ptr, programs_ptr, table_stride, step,
                             last_program, K, BLOCK, PARTITION, WINDOW)),
             ],
             [1],
