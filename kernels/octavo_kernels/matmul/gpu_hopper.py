@@ -83,6 +83,7 @@ def by_hopper_tile(
         ROWS=rows,
         PARTS=parts,
         STAGES=tile["STAGES"],
+        SINGLE=num_rows <= tile["BLOCK_M"],
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         ACTIVATION=activation,

@@ -191,6 +191,7 @@ def linear_hopper_kernel(
     ROWS: gl.constexpr,  # of weights, up to 64, that one wgmma multiplies
     PARTS: gl.constexpr,  # 1 or 2 times ROWS in a tile; with an activation 2: gate, up
     STAGES: gl.constexpr,
+    SINGLE: gl.constexpr,  # whether T is at most BLOCK_M
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     ACTIVATION: gl.constexpr,  # "" for none
@@ -215,7 +216,7 @@ def linear_hopper_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    num_m = (num_rows + BLOCK_M - 1) // BLOCK_M
+    num_m = gl.to_tensor(1) if SINGLE else (num_rows + BLOCK_M - 1) // BLOCK_M
     gl.warp_specialize(
         [
             (_consume, (bias_ptr, residual_ptr, out_ptr, x_smem, w_smem, full, empty, num_rows,

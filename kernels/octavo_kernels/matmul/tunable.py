@@ -95,7 +95,7 @@ _EARLY = (
 # a second program, or for the next launch, which fills its ring early.
 _HOPPER_ROWS = (8, 16, 24, 32, 40, 48, 56, 64)
 _HALF, _WHOLE = 112 * 1024, 224 * 1024
-_HOPPER_RINGS = ((_HALF, 64), (_HALF, 128), (_WHOLE, 128), (_WHOLE, 256))
+_HOPPER_RINGS = ((_HALF, 64), (_HALF, 128), (_HALF, 256), (_WHOLE, 128), (_WHOLE, 256))
 _MULTIPROCESSORS = 132
 # (BLOCK_M, BLOCK_N, warps, stages) at BLOCK_K 64 for 128 and 256 rows, then for many
 _MIDDLE = (
@@ -157,7 +157,7 @@ def _hopper(bucket: int, n: int, k: int, gated: bool) -> Iterable[Choice]:
         for ring, block_k in _HOPPER_RINGS:
             one = make_hopper_tile(bucket, rows, block_k, stages=1, parts=parts)
             stages = min(ring // hopper_shared_bytes(one), -(-k // block_k))
-            if stages < 2:
+            if stages < 3 or (block_k == 64 and bucket < 32):
                 continue
             tile = {**one, "STAGES": stages}
             yield tile
