@@ -126,11 +126,15 @@ def combined_rows(plan: AttentionPlan) -> int:
 
 def _descriptor(cache: Tensor) -> TensorDescriptor:
     """A cache [B, K, BLOCK, H] as rows, copied into shared memory a block at a time."""
-    block_size, head_dim = cache.shape[2:]
-    box = [block_size, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(box, _DTYPES[cache.dtype])
-    rows = cache.shape[:3].numel()
-    return TensorDescriptor(cache, [rows, head_dim], [head_dim, 1], box, layout)
+    blocks, heads, block_size, head_dim = cache.shape
+    layout = _box_layout(block_size, head_dim, cache.dtype)
+    shape = [blocks * heads * block_size, head_dim]
+    return TensorDescriptor(cache, shape, [head_dim, 1], [block_size, head_dim], layout)
+
+
+@functools.cache
+def _box_layout(block_size: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([block_size, head_dim], _DTYPES[dtype])
 
 
 @functools.cache
