@@ -119,7 +119,18 @@ def test_extreme_parameters_and_scratch_that_holds_anything() -> None:
     given = columns(4, **ways)
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(9)) * 5
     work = gpu.GpuWorkspace.create(6, vocab_size=300, dtype=torch.float32, device=DEVICE)
-    for name in ("peaks", "bounds", "masses", "levels", "subs", "values", "ids", "cuts"):
+    for name in (
+        "peaks",
+        "bounds",
+        "masses",
+        "counts",
+        "ranges",
+        "cursors",
+        "subs",
+        "values",
+        "ids",
+        "cuts",
+    ):
         scratch = getattr(work, name)
         scratch.fill_(float("nan") if scratch.is_floating_point() else 2**30)
     moved = {name: x.to(DEVICE) for name, x in given.items()}
@@ -135,6 +146,37 @@ def test_more_candidates_than_the_list_holds(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu, "CAPACITY", 16)
     logits[1] = torch.floor(logits[1] * 10)  # hundreds of equals
     assert_as_on_cpu(logits, given)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_cuts_hang_on_no_bracket(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """Lists, brackets and a search among all logits find the same least kept key."""
+    generator = torch.Generator().manual_seed(3)
+    vocab_size = 5000
+    logits = torch.randn(4, vocab_size, generator=generator)
+    logits *= torch.tensor([3.0, 0.3, 0.01, 6.0])[:, None]
+    logits[2] += 20.0
+    logits[3, 2000:] = -INF
+    given = columns(num_rows, top_p=0.9)
+    given |= {"min_p": torch.tensor([0.0, 0.0, 0.0, 0.01])[:num_rows]}
+    moved = {name: x.to(DEVICE) for name, x in given.items()}
+    found = []
+    for capacity in (8, 64, 300, 4096):
+        monkeypatch.setattr(gpu, "CAPACITY", capacity)
+        work = gpu.GpuWorkspace.create(
+            num_rows, vocab_size=vocab_size, dtype=torch.float32, device=DEVICE
+        )
+        gpu.sample(logits[:num_rows].to(DEVICE), **moved, workspace=work)
+        found.append((work.cuts[:, 0].tolist(), work.cursors[:, 1].tolist()))
+    assert all(cuts == found[0][0] for cuts, _ in found)
+    assert len({tuple(turns) for _, turns in found}) > 1
+    for row in range(num_rows):
+        weights = (logits[row].double() - logits[row].max().double()).exp()
+        weights = weights[weights >= given["min_p"][row]].sort(descending=True).values
+        num_kept = int((weights.cumsum(0) < 0.9 * weights.sum()).sum()) + 1
+        least = torch.tensor(found[0][0][row], dtype=torch.int32)
+        value = torch.where(least < 0, least ^ 0x7FFFFFFF, least).view(torch.float32)
+        assert int((logits[row] >= value).sum()) == num_kept
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -14,7 +14,8 @@ from octavo_kernels.launch import launch
 from octavo_kernels.sampling import TopLogprobs
 from octavo_kernels.sampling.gpu_draw_kernel import draw
 from octavo_kernels.sampling.gpu_logprobs_kernel import score_rows, score_tiles
-from octavo_kernels.sampling.gpu_sample_kernel import cut, survey, weigh
+from octavo_kernels.sampling.gpu_narrow_kernel import narrow, weigh
+from octavo_kernels.sampling.gpu_sample_kernel import cut, survey
 from octavo_kernels.tuning import Choice, choose
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,9 +23,10 @@ SUB = 256  # tokens of a subtile
 CAPACITY = 4096  # candidates of a row that are listed; more are searched for among all logits
 MAX_VOCAB = 2**21
 FEW_ROWS = 4
-_WEIGH_TILE = 4096
+_WEIGH_TILE = 2048
 _SCORE_TILE = 8192
-_LEVELS = 16
+_BINS = 64  # of a turn
+_TURNS = 3  # bins of all logits, then twice bins, or the list, of a bracket
 
 
 def _subs(vocab_size: int) -> int:
@@ -43,8 +45,10 @@ class GpuWorkspace:
     vocab_size: int
     peaks: Tensor  # [R, subtiles] int32
     bounds: Tensor  # [R, subtiles] float32
-    masses: Tensor  # [R, tiles] int64
-    levels: Tensor  # [R, tiles * 16] float32: mass at or above each of 16 logits
+    masses: Tensor  # [R, turns * parts] int64
+    counts: Tensor  # [R, turns * parts * 64] int32: tokens in bins of logits
+    ranges: Tensor  # [R, turns * 2] float32: where a turn's bins end and begin
+    cursors: Tensor  # [R, 2] int32: tokens listed, and the turn that lists them
     subs: Tensor  # [R, subtiles] int32
     values: Tensor  # [R, CAPACITY] of the logits' dtype
     ids: Tensor  # [R, CAPACITY] int32
@@ -54,9 +58,9 @@ class GpuWorkspace:
     def create(
         cls, max_rows: int, *, vocab_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> GpuWorkspace:
-        """About 40 KB a row (float32 logits, 128k tokens)."""
+        """About 50 KB a row (float32 logits, 128k tokens)."""
         subs = _subs(vocab_size)
-        tiles = -(-vocab_size // _WEIGH_TILE)
+        parts = _TURNS * -(-vocab_size // (2 * _WEIGH_TILE))
 
         def empty(width: int, kind: torch.dtype) -> Tensor:
             return torch.empty(max_rows, width, dtype=kind, device=device)
@@ -66,8 +70,10 @@ class GpuWorkspace:
             vocab_size=vocab_size,
             peaks=empty(subs, torch.int32),
             bounds=empty(subs, torch.float32),
-            masses=empty(tiles, torch.int64),
-            levels=empty(tiles * _LEVELS, torch.float32),
+            masses=empty(parts, torch.int64),
+            counts=empty(parts * _BINS, torch.int32),
+            ranges=empty(_TURNS * 2, torch.float32),
+            cursors=empty(2, torch.int32),
             subs=empty(subs, torch.int32),
             values=empty(CAPACITY, dtype),
             ids=empty(CAPACITY, torch.int32),
@@ -105,7 +111,7 @@ def survey_key(num_rows: int, dtype: torch.dtype) -> str:
 
 def survey_default(num_rows: int) -> Choice:
     """Blocks of 1024 tokens and warps of a program where nothing was measured."""
-    return {"group": 1, "num_warps": 4} if num_rows < FEW_ROWS else {"group": 4, "num_warps": 4}
+    return {"group": 1, "num_warps": 4} if num_rows < FEW_ROWS else {"group": 1, "num_warps": 1}
 
 
 def cut_default() -> Choice:
@@ -179,7 +185,7 @@ def sample(
     noise = (seeds, positions)
     read_all(logits, work.peaks, (temperature, top_k, *noise), work.bounds)
     filters = (temperature, top_k, top_p, min_p)
-    weigh_rows(logits, filters, work)
+    narrow_rows(logits, filters, work)
     cut_rows(logits, filters, work)
     launch(
         draw,
@@ -204,28 +210,41 @@ def sample(
     return tokens, status
 
 
-def weigh_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace) -> None:
-    """The mass of rows with a top_p and no top_k, by tiles."""
+def _parts(num_rows: int, vocab_size: int) -> dict[str, int]:
+    """Sizes of the programs that share a row, and of what they leave, as constexprs."""
+    tiles = -(-vocab_size // _WEIGH_TILE)
+    # Most rows want none of this, and programs that end at once cost time too. A program can
+    # hold the counts of 31 tiles.
+    parts = -(-tiles // (2 if num_rows < FEW_ROWS else 16))
+    return {"NUM_PARTS": parts, "TURNS": _TURNS}
+
+
+def narrow_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace) -> None:
+    """Where rows with a top_p and no top_k cut, and the tokens there, unless flat to the last."""
     num_rows, vocab_size = logits.shape
-    num_subs, tiles = _subs(vocab_size), -(-vocab_size // _WEIGH_TILE)
-    # Most rows want none of this, and programs that end at once cost time too.
-    parts = tiles if num_rows < FEW_ROWS else -(-tiles // 4)
-    launch(
-        weigh,
-        (num_rows * parts,),
-        logits,
-        *filters,
-        work.peaks,
-        work.masses,
-        work.levels,
-        VOCAB=vocab_size,
-        NUM_SUBS=num_subs,
-        SUBS_PAD=_power(num_subs),
-        NUM_TILES=tiles,
-        TILE=_WEIGH_TILE,
-        NUM_PARTS=parts,
-        num_warps=8,
-    )
+    num_subs = _subs(vocab_size)
+    sizes = {"VOCAB": vocab_size, "NUM_SUBS": num_subs, "SUBS_PAD": _power(num_subs)}
+    sizes["NUM_TILES"] = -(-vocab_size // _WEIGH_TILE)
+    sizes |= _parts(num_rows, vocab_size)
+    grid = (num_rows * sizes["NUM_PARTS"], 1)
+    found = (work.masses, work.counts, work.ranges, work.cursors)
+    options = {"num_warps": 8, "maxnreg": 80}
+    launch(weigh, grid, logits, *filters, work.peaks, *found, **sizes, **options)
+    for turn in range(1, _TURNS):
+        launch(
+            narrow,
+            grid,
+            logits,
+            *filters,
+            work.peaks,
+            *found,
+            work.values,
+            **sizes,
+            PARTS_PAD=_power(sizes["NUM_PARTS"]),
+            TURN=turn,
+            CAPACITY=work.values.shape[1],
+            **options,
+        )
 
 
 def cut_rows(
@@ -236,7 +255,7 @@ def cut_rows(
 ) -> None:
     """Least kept keys, and candidates where they are few; any choice gives the same bits."""
     num_rows, vocab_size = logits.shape
-    num_subs, tiles = _subs(vocab_size), -(-vocab_size // _WEIGH_TILE)
+    num_subs, sizes = _subs(vocab_size), _parts(num_rows, vocab_size)
     if choice is None:
         choice = choose("sampling_cut", str(logits.dtype).removeprefix("torch."), cut_default())
     launch(
@@ -246,7 +265,9 @@ def cut_rows(
         *filters,
         work.peaks,
         work.masses,
-        work.levels,
+        work.counts,
+        work.ranges,
+        work.cursors,
         work.subs,
         work.values,
         work.ids,
@@ -254,8 +275,8 @@ def cut_rows(
         VOCAB=vocab_size,
         NUM_SUBS=num_subs,
         SUBS_PAD=_power(num_subs),
-        NUM_TILES=tiles,
-        TILES_PAD=_power(tiles),
+        PARTS_PAD=_power(sizes["NUM_PARTS"]),
+        **sizes,
         CAPACITY=work.values.shape[1],
         GROUP=choice["group"],
         BLOCK=choice["block"],

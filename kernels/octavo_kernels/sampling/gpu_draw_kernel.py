@@ -12,12 +12,13 @@ from octavo_kernels.sampling.gpu_numbers_kernel import (
     SUB,
     key_value,
     lists_candidates,
+    load_peaks,
     order_key,
     row_noise,
     token_draw,
     weight,
 )
-from octavo_kernels.sampling.gpu_sample_kernel import NEVER, STEEP, load_peaks
+from octavo_kernels.sampling.gpu_sample_kernel import NEVER, STEEP
 
 
 @triton.jit

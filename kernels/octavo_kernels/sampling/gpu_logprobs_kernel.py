@@ -14,9 +14,10 @@ from octavo_kernels.sampling.gpu_numbers_kernel import (
     exp_negative,
     fixed_point,
     key_value,
+    load_peaks,
     order_key,
 )
-from octavo_kernels.sampling.gpu_sample_kernel import NEVER, load_peaks
+from octavo_kernels.sampling.gpu_sample_kernel import NEVER
 
 
 @jit

@@ -90,13 +90,13 @@ def philox(c0, c2, c3, k0, k1):
         if turn > 0:
             k0 += 0x9E3779B9
             k1 += 0xBB67AE85
-        high0 = tl.umulhi(c0, 0xD2511F53)
-        high1 = tl.umulhi(c2, 0xCD9E8D57)
-        low0 = c0 * 0xD2511F53
-        c0 = high1 ^ c1 ^ k0
-        c1 = c2 * 0xCD9E8D57
-        c2 = high0 ^ c3 ^ k1
-        c3 = low0
+        # Products of 64 bits are one instruction for both halves.
+        left = c0.to(tl.uint64) * 0xD2511F53
+        right = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (right >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = right.to(tl.uint32)
+        c2 = (left >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = left.to(tl.uint32)
     return c0, c1, c2, c3
 
 
@@ -127,3 +127,10 @@ def token_draw(token, c2, c3, k0, k1):
 def lists_candidates(top_k, NUM_SUBS: tl.constexpr, VOCAB: tl.constexpr):
     """Whether the subtiles' peaks alone bound a row's kept tokens, so that a race lists them."""
     return (top_k > 0) & (top_k <= NUM_SUBS) & (top_k < VOCAB)
+
+
+@triton.jit
+def load_peaks(peaks_ptr, row, NUM_SUBS: tl.constexpr, SUBS_PAD: tl.constexpr):
+    """[SUBS_PAD] peaks of a row, NO_KEY past the end."""
+    subs = tl.arange(0, SUBS_PAD)
+    return tl.load(peaks_ptr + row * NUM_SUBS + subs, mask=subs < NUM_SUBS, other=NO_KEY)

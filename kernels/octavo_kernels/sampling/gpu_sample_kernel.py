@@ -1,10 +1,9 @@
 """Triton kernels that draw tokens from logits. Know rows, subtiles and one row's numbers.
 
 `survey` reads all logits once: each subtile's peak and, for rows that race over everything, a
-bound of what its tokens can score. `weigh` sums the weights of rows whose top_p has no top_k
-before it, roughly also above 16 levels. `cut` finds a row's least kept key among few gathered
-candidates: those above the k-th best subtile's peak, or between the levels where the mass is
-reached. Sums that decide are of integers, hence exact in any order.
+bound of what its tokens can score. `cut` finds a row's least kept key among few candidates: those
+above the k-th best subtile's peak, or those that `narrow` listed where a top_p alone cuts. Sums
+that decide are of integers, hence exact in any order.
 """
 
 from __future__ import annotations
@@ -13,6 +12,13 @@ import triton
 import triton.language as tl
 
 from octavo_kernels.launch import jit
+from octavo_kernels.sampling.gpu_narrow_kernel import (
+    BINS,
+    find_bracket,
+    light_weight,
+    needed_mass,
+    sum_parts,
+)
 from octavo_kernels.sampling.gpu_numbers_kernel import (
     MAX_KEY,
     MIN_KEY,
@@ -21,6 +27,7 @@ from octavo_kernels.sampling.gpu_numbers_kernel import (
     fixed_point,
     key_value,
     lists_candidates,
+    load_peaks,
     order_key,
     philox,
     row_noise,
@@ -28,7 +35,6 @@ from octavo_kernels.sampling.gpu_numbers_kernel import (
 )
 
 NEVER = tl.constexpr(float("-inf"))
-LEVELS = tl.constexpr(16)
 STEEP = tl.constexpr(1e30)  # a scale above which scores are not bounded, as they might overflow
 
 
@@ -48,10 +54,12 @@ def _bound(x, peaks, bits, scale):
     A draw is at least 1 - u, and the bits of a float, read as an integer, never lie above its
     logarithm on a scale of 2^23.
     """
-    rest = (bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5  # (1 - u) * 2^32
+    # The upper bits of 1 - u as a float: no conversion of integers, which is slow.
+    rest = ((bits >> 9) ^ 0x3FFFFFFF).to(tl.int32, bitcast=True)
+    rest = rest.to(tl.float32, bitcast=True) - 1.0
     low = (rest.to(tl.int32, bitcast=True) >> 8) | 0x4B000000  # the integer above 2^23
     low = low.to(tl.float32, bitcast=True)
-    high = tl.max(tl.fma(low, -3.0517578125e-05, tl.fma(x, scale, 415.0)), 1)
+    high = tl.max(tl.fma(low, -3.0517578125e-05, tl.fma(x, scale, 383.0)), 1)
     steep = tl.where(peaks > NEVER, float("inf"), high)
     return tl.where(scale > STEEP, steep, high)
 
@@ -98,59 +106,6 @@ def survey(
             tl.store(to + 1, _bound(x1, p1, w1, scale), mask=subs + 1 < NUM_SUBS)
             tl.store(to + 2, _bound(x2, p2, w2, scale), mask=subs + 2 < NUM_SUBS)
             tl.store(to + 3, _bound(x3, p3, w3, scale), mask=subs + 3 < NUM_SUBS)
-
-
-@triton.jit
-def load_peaks(peaks_ptr, row, NUM_SUBS: tl.constexpr, SUBS_PAD: tl.constexpr):
-    """[SUBS_PAD] peaks of a row, NO_KEY past the end."""
-    subs = tl.arange(0, SUBS_PAD)
-    return tl.load(peaks_ptr + row * NUM_SUBS + subs, mask=subs < NUM_SUBS, other=NO_KEY)
-
-
-@triton.jit
-def level_value(level, peak, temperature):
-    """The logit of a level: its tokens weigh about exp(-1 - level)."""
-    return peak - temperature * (level + 1.0)
-
-
-@jit
-def weigh(
-    logits_ptr,  # [S, V]
-    temperature_ptr,  # [S] float32
-    top_k_ptr,  # [S] int32
-    top_p_ptr,  # [S] float32
-    min_p_ptr,  # [S] float32
-    peaks_ptr,  # [S, NUM_SUBS] int32
-    masses_ptr,  # [S, NUM_TILES] int64, out, for rows with top_p and without top_k
-    levels_ptr,  # [S, NUM_TILES, LEVELS] float32, out: mass at or above each level, to 1e-5
-    VOCAB: tl.constexpr,
-    NUM_SUBS: tl.constexpr,
-    SUBS_PAD: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
-):
-    # grid: (S * NUM_PARTS,)
-    row = (tl.program_id(0) // NUM_PARTS).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    has_k = (top_k > 0) & (top_k < VOCAB)
-    if (temperature > 0.0) & (tl.load(top_p_ptr + row) < 1.0) & (has_k == 0):
-        most = tl.max(load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD), 0)
-        if (most < MAX_KEY) & (most > MIN_KEY):
-            peak = key_value(most)
-            least = tl.load(min_p_ptr + row)
-            for tile in range(tl.program_id(0) % NUM_PARTS, NUM_TILES, NUM_PARTS):
-                token = tile * TILE + tl.arange(0, TILE)
-                at = logits_ptr + row * VOCAB + token
-                x = tl.load(at, mask=token < VOCAB, other=NEVER).to(tl.float32)
-                w = weight(x, peak, temperature)
-                w = tl.where(w >= least, w, 0.0)
-                tl.store(masses_ptr + row * NUM_TILES + tile, tl.sum(fixed_point(w), 0))
-                to = levels_ptr + (row * NUM_TILES + tile) * LEVELS
-                for level in tl.static_range(LEVELS):
-                    reached = x >= level_value(level, peak, temperature)
-                    tl.store(to + level, tl.sum(tl.where(reached, w, 0.0), 0))
 
 
 @triton.jit
@@ -275,28 +230,34 @@ def _search(
 
 
 @triton.jit
-def _needed(top_p, total):
-    """The fixed-point mass that kept tokens must reach."""
-    target = top_p.to(tl.float64) * total.to(tl.float64)
-    needed = target.to(tl.int64)
-    return tl.maximum(needed + (needed.to(tl.float64) < target).to(tl.int64), 1)
-
-
-@triton.jit
-def _between_levels(
-    levels_ptr, needed, peak, temperature, NUM_TILES: tl.constexpr, TILES_PAD: tl.constexpr
+def _last_bracket(
+    masses_ptr,
+    counts_ptr,
+    ranges_ptr,
+    row,
+    listed_in,
+    total,
+    top_p,
+    peak,
+    temperature,
+    VOCAB: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """A key at or above which there is surely enough mass, and one where there surely is not."""
-    tile = tl.arange(0, TILES_PAD)[:, None]
-    level = tl.arange(0, LEVELS)
-    at = levels_ptr + tile * LEVELS + level[None, :]
-    sums = tl.sum(tl.load(at, mask=tile < NUM_TILES, other=0.0), 0)
-    mass = sums.to(tl.float64) * 1099511627776.0
-    keys = order_key(level_value(level.to(tl.float32), peak, temperature))
-    enough = mass >= needed.to(tl.float64) * 1.0001
-    lacking = mass <= needed.to(tl.float64) * 0.9999
-    low = tl.max(tl.where(enough, keys, MIN_KEY), 0)
-    return low, tl.min(tl.where(lacking, keys, MAX_KEY), 0)
+    """Low and end key of a row's bracket, its count if it is not listed, and the mass from end."""
+    turn = tl.where(listed_in > 0, listed_in, TURNS - 1)
+    at = row * TURNS + turn
+    low, end = tl.load(ranges_ptr + at * 2), tl.load(ranges_ptr + at * 2 + 1)
+    above = sum_parts(masses_ptr, row, turn, TURNS, NUM_PARTS, PARTS_PAD)
+    count = turn * 0
+    if listed_in == 0:
+        low, end, count = find_bracket(
+            counts_ptr + at * NUM_PARTS * BINS, low, end, above, total,
+            needed_mass(top_p, total), peak, temperature, top_p, False, VOCAB, NUM_PARTS,
+            PARTS_PAD,
+        )  # fmt: skip
+    return order_key(low), order_key(end), count, above
 
 
 @jit
@@ -307,17 +268,20 @@ def cut(
     top_p_ptr,  # [S] float32
     min_p_ptr,  # [S] float32
     peaks_ptr,  # [S, NUM_SUBS] int32
-    masses_ptr,  # [S, NUM_TILES] int64
-    levels_ptr,  # [S, NUM_TILES, LEVELS] float32
+    masses_ptr,  # [S, TURNS, NUM_PARTS] int64
+    counts_ptr,  # [S, TURNS, NUM_PARTS, BINS] int32
+    ranges_ptr,  # [S, TURNS, 2] float32
+    cursors_ptr,  # [S, 2] int32
     subs_ptr,  # [S, NUM_SUBS] int32, scratch
     values_ptr,  # [S, CAPACITY], out: gathered candidates
-    ids_ptr,  # [S, CAPACITY] int32, out: their tokens
+    ids_ptr,  # [S, CAPACITY] int32, out: their tokens, if top_k bounds them
     cuts_ptr,  # [S, 2] int32, out: least kept key; number of candidates or -1
     VOCAB: tl.constexpr,
     NUM_SUBS: tl.constexpr,
     SUBS_PAD: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    TILES_PAD: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+    TURNS: tl.constexpr,
     CAPACITY: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -331,56 +295,56 @@ def cut(
     has_k = (top_k > 0) & (top_k < VOCAB)
     cut_key = top_k * 0 + MIN_KEY
     listed = top_k * 0 - 1
-    peaks = load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD)
-    most = tl.max(peaks, 0)
-    wanted = (temperature > 0.0) & (has_k | (top_p < 1.0))
-    if wanted & (most < MAX_KEY) & (most > MIN_KEY):
-        peak = key_value(most)
-        row_ptr = logits_ptr + row * VOCAB
-        needed = tl.cast(1, tl.int64)
-        end_key = top_k * 0 + MAX_KEY
-        cut_weight = least
-        if has_k:
-            if top_k <= NUM_SUBS:
+    if (temperature > 0.0) & (has_k | (top_p < 1.0)):
+        peaks = load_peaks(peaks_ptr, row, NUM_SUBS, SUBS_PAD)
+        most = tl.max(peaks, 0)
+        if (most < MAX_KEY) & (most > MIN_KEY):
+            peak = key_value(most)
+            row_ptr = logits_ptr + row * VOCAB
+            needed = tl.cast(1, tl.int64)
+            above = tl.cast(0, tl.int64)
+            end_key = top_k * 0 + MAX_KEY
+            cut_weight = least
+            gathers = has_k & (top_k <= NUM_SUBS)
+            if gathers:
                 cut_key = _peaks_bound(peaks, top_k, most)
-        else:
-            tiles = tl.arange(0, TILES_PAD)
-            at = masses_ptr + row * NUM_TILES + tiles
-            total = tl.sum(tl.load(at, mask=tiles < NUM_TILES, other=0), 0)
-            needed = _needed(top_p, total)
-            # All that lie below can hold no more than the mass which top_p drops.
-            share = 0.99 * (1.0 - top_p.to(tl.float64)) * total.to(tl.float64)
-            cut_weight = tl.maximum(least, (share / (1099511627776.0 * VOCAB)).to(tl.float32))
-            cut_key, end_key = _between_levels(
-                levels_ptr + row * NUM_TILES * LEVELS, needed, peak, temperature,
-                NUM_TILES, TILES_PAD,
-            )  # fmt: skip
-        count = top_k * 0 + VOCAB
-        above = tl.cast(0, tl.int64)
-        if (has_k == 0) | (top_k <= NUM_SUBS):
-            listed, above = _gather(
-                row_ptr, subs_ptr + row * NUM_SUBS, values_ptr + row * CAPACITY,
-                ids_ptr + row * CAPACITY, peaks, cut_key, end_key, cut_weight, peak, temperature,
-                VOCAB, SUBS_PAD, CAPACITY, GROUP,
-            )  # fmt: skip
-        source_ptr = row_ptr
-        if listed >= 0:
-            source_ptr = values_ptr + row * CAPACITY
-            count = listed
-        if has_k & (count > top_k):
-            cut_key = _search(
-                source_ptr, count, top_k, cut_key, most, cut_weight, peak, temperature,
-                False, BLOCK,
-            )  # fmt: skip
-        if top_p < 1.0:
-            if has_k:
-                total = _mass_above(
-                    source_ptr, count, cut_key, cut_weight, peak, temperature, BLOCK
-                )
-                needed = _needed(top_p, total)
-            cut_key = _search(
-                source_ptr, count, needed - above, cut_key, tl.minimum(most, end_key - 1),
-                cut_weight, peak, temperature, True, BLOCK,
-            )  # fmt: skip
+            if has_k == 0:
+                total = sum_parts(masses_ptr, row, 0, TURNS, NUM_PARTS, PARTS_PAD)
+                needed = needed_mass(top_p, total)
+                cut_weight = tl.maximum(least, light_weight(top_p, total, VOCAB))
+                listed_in = tl.load(cursors_ptr + row * 2 + 1)
+                cut_key, end_key, count, above = _last_bracket(
+                    masses_ptr, counts_ptr, ranges_ptr, row, listed_in, total, top_p, peak,
+                    temperature, VOCAB, NUM_PARTS, PARTS_PAD, TURNS,
+                )  # fmt: skip
+                count = tl.where(listed_in > 0, tl.load(cursors_ptr + row * 2), count)
+                gathers = (listed_in == 0) & (count <= CAPACITY)
+                listed = tl.where((listed_in > 0) & (count <= CAPACITY), count, -1)
+            if gathers:
+                listed, above = _gather(
+                    row_ptr, subs_ptr + row * NUM_SUBS, values_ptr + row * CAPACITY,
+                    ids_ptr + row * CAPACITY, peaks, cut_key, end_key, cut_weight, peak,
+                    temperature, VOCAB, SUBS_PAD, CAPACITY, GROUP,
+                )  # fmt: skip
+            above = tl.where(listed >= 0, above, 0)
+            count = tl.where(listed >= 0, listed, VOCAB)
+            source_ptr = row_ptr
+            if listed >= 0:
+                source_ptr = values_ptr + row * CAPACITY
+            if has_k & (count > top_k):
+                cut_key = _search(
+                    source_ptr, count, top_k, cut_key, most, cut_weight, peak, temperature,
+                    False, BLOCK,
+                )  # fmt: skip
+            if top_p < 1.0:
+                if has_k:
+                    total = _mass_above(
+                        source_ptr, count, cut_key, cut_weight, peak, temperature, BLOCK
+                    )
+                    needed = needed_mass(top_p, total)
+                cut_key = _search(
+                    source_ptr, count, needed - above, cut_key, tl.minimum(most, end_key - 1),
+                    cut_weight, peak, temperature, True, BLOCK,
+                )  # fmt: skip
     tl.store(cuts_ptr + row * 2, cut_key)
     tl.store(cuts_ptr + row * 2 + 1, listed)
