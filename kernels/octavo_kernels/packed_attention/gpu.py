@@ -61,7 +61,7 @@ def packed_attention(
     block_q = block_m // (num_heads // num_kv_heads)
     launch(
         prefill_kernel.attend,
-        (num_kv_heads, -(-max_query_len // block_q), query_start_loc.shape[0] - 1),
+        (-(-max_query_len // block_q), num_kv_heads, query_start_loc.shape[0] - 1),
         q, k, v, out, None, query_start_loc, key_start_loc, None, None,
         sinks, alibi_slopes, rel_bias, k_scale, v_scale,
         scale, 0 if rel_bias is None else (rel_bias.shape[1] + 1) // 2,

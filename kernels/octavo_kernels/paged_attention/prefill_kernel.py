@@ -174,16 +174,17 @@ def attend(
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, PARTITION: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid: paged (capacity * pieces of an entry * K,); packed (K, tiles of the longest, R).
+    """Grid: paged (capacity * pieces of an entry * K,); packed (tiles of the longest, K, R).
 
-    An entry of TILE_Q tokens falls into pieces of BLOCK_M // G. A packed request's last tile comes
+    One kv head follows the other: the keys in use then fit the L2 cache. An entry of TILE_Q tokens falls into pieces of BLOCK_M // G. A packed request's last tile comes
     first. Query i of a request stands at key position keys - queries + i.
     """
     G: tl.constexpr = N // K
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     PIECES: tl.constexpr = (TILE_Q + BLOCK_Q - 1) // BLOCK_Q
     if table_ptr is not None:
-        item, kv_head = tl.program_id(0) // K, tl.program_id(0) % K
+        items = tl.num_programs(0) // K
+        item, kv_head = tl.program_id(0) % items, tl.program_id(0) // items
         entry = item // PIECES
         if entry >= tl.load(num_tiles_ptr):
             return
@@ -193,8 +194,8 @@ def attend(
         table_ptr += request.to(tl.int64) * table_stride
         key_base = kv_head.to(tl.int64) * (BLOCK * H)
     else:
-        kv_head, request = tl.program_id(0), tl.program_id(2)
-        token = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_Q
+        kv_head, request = tl.program_id(1), tl.program_id(2)
+        token = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
         first_token = token
         first_key = tl.minimum(tl.maximum(tl.load(lengths_ptr + request), 0), num_blocks)
         seq_len = tl.minimum(tl.load(lengths_ptr + request + 1), num_blocks) - first_key
