@@ -176,7 +176,8 @@ def attend(
 ):  # fmt: skip
     """Grid: paged (capacity * pieces of an entry * K,); packed (tiles of the longest, K, R).
 
-    One kv head follows the other: the keys in use then fit the L2 cache. An entry of TILE_Q tokens falls into pieces of BLOCK_M // G. A packed request's last tile comes
+    One kv head follows the other: the keys in use then fit the L2 cache. An entry of TILE_Q tokens
+    falls into pieces of BLOCK_M // G. A packed request's last tile comes
     first. Query i of a request stands at key position keys - queries + i.
     """
     G: tl.constexpr = N // K
