@@ -60,6 +60,8 @@ for launch, tile in zip(found, (tile, wide, wide, wide, wide), strict=True):
     assert taken.stack == 0 and taken.registers <= 128, taken
     assert taken.shared <= hopper_shared_bytes(tile), taken
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    # one wait a step, none that ptxas has put behind every wgmma
+    assert compiled.asm["sass"].count("WARPGROUP.DEPBAR") == 1, launch
 assert "griddepcontrol" not in compiled.asm["ptx"]
 """
 

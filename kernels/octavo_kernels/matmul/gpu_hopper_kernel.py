@@ -103,7 +103,7 @@ def _start(w_smem, x_smem, full, step, acc, part: gl.constexpr):
 
 @gluon.jit
 def _multiply(w_smem, x_smem, full, empty, step, NUM_K: gl.constexpr, A: gl.constexpr):
-    """One tile's sums [64, BLOCK_M], of one part (twice) or two, from number `step` of the ring."""
+    """A tile's sums [64, BLOCK_M] of its parts (zeros: no second), from number `step` of the ring."""
     STAGES: gl.constexpr = full.shape[0]
     PARTS: gl.constexpr = w_smem.shape[0] // STAGES
     BLOCK_M: gl.constexpr = x_smem.shape[1]
@@ -113,17 +113,12 @@ def _multiply(w_smem, x_smem, full, empty, step, NUM_K: gl.constexpr, A: gl.cons
         one = _start(w_smem, x_smem, full, step + k, one, 0)
         if PARTS == 2:
             two = _start(w_smem, x_smem, full, step + k, two, 1)
-            one, two = warpgroup_mma_wait(2, deps=(one, two))
+            one, two = warpgroup_mma_wait(0, deps=(one, two))
         else:
-            one = warpgroup_mma_wait(1, deps=(one,))
-        # the step before has been multiplied
-        mbarrier.arrive(empty.index((step + k + STAGES - 1) % STAGES), pred=k > 0)
-    if PARTS == 2:
-        one, two = warpgroup_mma_wait(0, deps=(one, two))
-    else:
-        one = warpgroup_mma_wait(0, deps=(one,))
-        two = one
-    mbarrier.arrive(empty.index((step + NUM_K - 1) % STAGES))
+            one = warpgroup_mma_wait(0, deps=(one,))
+        # Nothing runs across steps: the weights are what is waited for, and ptxas would put a wait
+        # behind every wgmma of some forms of this loop (its note C7514).
+        mbarrier.arrive(empty.index((step + k) % STAGES))
     return one, two
 
 
