@@ -103,7 +103,7 @@ def _start(w_smem, x_smem, full, step, acc, part: gl.constexpr):
 
 @gluon.jit
 def _multiply(w_smem, x_smem, full, empty, step, NUM_K: gl.constexpr, A: gl.constexpr):
-    """A tile's sums [64, BLOCK_M] of its parts (zeros: no second), from number `step` of the ring."""
+    """A tile's sums [64, BLOCK_M] of its parts (zeros: no second), from `step` of the ring on."""
     STAGES: gl.constexpr = full.shape[0]
     PARTS: gl.constexpr = w_smem.shape[0] // STAGES
     BLOCK_M: gl.constexpr = x_smem.shape[1]
