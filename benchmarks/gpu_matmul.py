@@ -13,6 +13,8 @@ from benchmarks.gpu_recorder import Recorder, times_to_fill
 from octavo_kernels.matmul import gpu
 
 LAYERS = 32
+# As in a step: a launch starts while its predecessor ends, and asks for its weights.
+_LINEAR = partial(gpu.linear, use_pdl=True)
 SHAPES = {  # weights [N, K]
     "qkv": (6144, 4096),
     "o": (4096, 4096),
@@ -39,49 +41,47 @@ def _on_each(
 def run_matmul(recorder: Recorder, *, is_short: bool) -> None:
     seconds = 0.15 if is_short else 0.4
     for rows in (1, 16):
-        us: dict[str, dict[str, float]] = {"octavo": {}, "cuBLAS": {}}
         for name, (n, k) in SHAPES.items():
             case = f"{name} M={rows}"
             with recorder.case("matmul", case):
                 weights = _weights(n, k)
                 x = _random(rows, k)
-                row = recorder.measure(
+                recorder.measure(
                     "matmul",
                     case,
-                    _on_each(gpu.linear, x, weights),
+                    _on_each(_LINEAR, x, weights),
                     baselines={"cuBLAS": _on_each(torch.nn.functional.linear, x, weights)},
                     bytes_moved=2 * (n * k + rows * (n + k)),
                     flops=2 * rows * n * k,
                     seconds=seconds,
                 )
-                us["octavo"][name] = row["us"]
-                us["cuBLAS"][name] = row["baselines"]["cuBLAS"]["us"]
                 del weights
-        _keep_step(recorder, rows, us)
+        _run_step(recorder, rows, seconds)
         _run_fused(recorder, rows, seconds)
     if not is_short:
         _run_prefill(recorder, seconds)
 
 
-def _keep_step(recorder: Recorder, rows: int, us: dict[str, dict[str, float]]) -> None:
-    """One step's matmuls: every layer's four and the head, by their medians."""
+def _run_step(recorder: Recorder, rows: int, seconds: float) -> None:
+    """One step's matmuls in order: every layer's four and the head, all weights their own."""
     case = f"8B, M={rows}"
     with recorder.case("matmuls of a step", case):
-        total = {
-            who: sum(each[name] * (1 if name == "head" else LAYERS) for name in SHAPES) / 1e6
-            for who, each in us.items()
-        }
-        own, theirs = ({f"{key}_s": s for key in ("median", "p10", "p90")} for s in total.values())
-        num_bytes = sum(
-            2 * n * k * (1 if name == "head" else LAYERS) for name, (n, k) in SHAPES.items()
-        )
-        recorder.keep_times(
+        layer = [SHAPES[name] for name in ("qkv", "o", "gate-up", "down")]
+        sizes = [*layer * LAYERS, SHAPES["head"]]
+        weights = [_random(n, k) for n, k in sizes]
+        xs = {k: _random(rows, k) for _, k in sizes}
+
+        def step(linear: Callable[..., Any]) -> None:
+            for weight in weights:
+                linear(xs[weight.shape[1]], weight)
+
+        recorder.measure(
             "matmuls of a step",
             case,
-            own,
-            baselines={"cuBLAS": theirs},
-            bytes_moved=num_bytes,
-            ms=round(total["octavo"] * 1e3, 3),
+            [partial(step, _LINEAR)],
+            baselines={"cuBLAS": [partial(step, torch.nn.functional.linear)]},
+            bytes_moved=sum(2 * n * k for n, k in sizes),
+            seconds=seconds,
         )
 
 
@@ -91,14 +91,14 @@ def _run_fused(recorder: Recorder, rows: int, seconds: float) -> None:
     case = f"gate-up + silu M={rows}"
     with recorder.case("matmul", case):
         x, weights = _random(rows, k), _weights(n, k)
-        calls = _on_each(partial(gpu.linear, activation="silu_mul"), x, weights)
+        calls = _on_each(partial(_LINEAR, activation="silu_mul"), x, weights)
         recorder.measure("matmul", case, calls, bytes_moved=2 * n * k, seconds=seconds)
         del weights, calls
     n, k = SHAPES["down"]
     case = f"down + residual M={rows}"
     with recorder.case("matmul", case):
         x, weights, residual = _random(rows, k), _weights(n, k), _random(rows, n)
-        calls = _on_each(partial(gpu.linear, residual=residual), x, weights)
+        calls = _on_each(partial(_LINEAR, residual=residual), x, weights)
         recorder.measure("matmul", case, calls, bytes_moved=2 * n * k, seconds=seconds)
         del weights, calls
 

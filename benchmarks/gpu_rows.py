@@ -131,6 +131,8 @@ def row_of(
 def judged(row: dict[str, Any], ceilings: Mapping[str, float]) -> dict[str, Any]:
     """The row with its target, the bound on this card, and whether it is met."""
     target = TARGETS.get((row["op"], row["case"]))
+    if target is not None and target.unit == "ms":
+        row = {**row, "ms": round(row["us"] / 1e3, 3)}
     if target is None or target.unit not in row:
         return row
     bound = target.value if "H100" in str(row.get("gpu", "H100")) else target.scaled(ceilings)
