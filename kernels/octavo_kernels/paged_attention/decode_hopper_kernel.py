@@ -148,24 +148,28 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
 @gluon.jit
 def _widen_tile(codes, codes_full, codes_empty, smem, full, empty, count,
                 LAYOUT: gl.constexpr):  # fmt: skip
-    """e4m3 to 16 bits, exactly: exponent and mantissa moved, then times the biases' difference."""
+    """e4m3 to 16 bits, exactly.
+
+    A code with its sign extended, shifted to where exponent and mantissa belong; then a mask, and
+    a power of two that makes up for the biases. NaN, which no cache holds, becomes 480.
+    """
     _wait(codes_full, count)
     x = codes.index(count % codes.shape[0]).load(LAYOUT)
     _arrive(codes_empty, count)
     if smem.dtype == gl.bfloat16:
-        ASM: gl.constexpr = """{ .reg .b32 t, s, p, z; mov.b32 z, 0x80008000;
-            mov.b32 p, 0x7B807B80;
-            prmt.b32 t, $2, 0, 0x1404; shr.b32 s, t, 4; and.b32 s, s, 0x07F007F0;
-            lop3.b32 t, t, z, s, 0xEA; fma.rn.bf16x2 $0, t, p, z;
-            prmt.b32 t, $2, 0, 0x3424; shr.b32 s, t, 4; and.b32 s, s, 0x07F007F0;
-            lop3.b32 t, t, z, s, 0xEA; fma.rn.bf16x2 $1, t, p, z; }"""
+        ASM: gl.constexpr = """{ .reg .b32 t, p, z;
+            mov.b32 p, 0x7B807B80; mov.b32 z, 0x80008000;
+            prmt.b32 t, $2, 0, 0x9180; shl.b32 t, t, 4; and.b32 t, t, 0x87F087F0;
+            fma.rn.bf16x2 $0, t, p, z;
+            prmt.b32 t, $2, 0, 0xB3A2; shl.b32 t, t, 4; and.b32 t, t, 0x87F087F0;
+            fma.rn.bf16x2 $1, t, p, z; }"""
     else:
-        ASM: gl.constexpr = """{ .reg .b32 t, s, p, z; mov.b32 z, 0x80008000;
-            mov.b32 p, 0x5C005C00;
-            prmt.b32 t, $2, 0, 0x1404; shr.b32 s, t, 1; and.b32 s, s, 0x3F803F80;
-            lop3.b32 t, t, z, s, 0xEA; fma.rn.f16x2 $0, t, p, z;
-            prmt.b32 t, $2, 0, 0x3424; shr.b32 s, t, 1; and.b32 s, s, 0x3F803F80;
-            lop3.b32 t, t, z, s, 0xEA; fma.rn.f16x2 $1, t, p, z; }"""
+        ASM: gl.constexpr = """{ .reg .b32 t, p, z;
+            mov.b32 p, 0x5C005C00; mov.b32 z, 0x80008000;
+            prmt.b32 t, $2, 0, 0x9180; shl.b32 t, t, 7; and.b32 t, t, 0xBF80BF80;
+            fma.rn.f16x2 $0, t, p, z;
+            prmt.b32 t, $2, 0, 0xB3A2; shl.b32 t, t, 7; and.b32 t, t, 0xBF80BF80;
+            fma.rn.f16x2 $1, t, p, z; }"""
     wide = gl.inline_asm_elementwise(ASM, "=r,=r,r", [x], dtype=smem.dtype, is_pure=True, pack=4)
     _wait_empty(empty, count)
     smem.index(count % smem.shape[0]).store(wide)
