@@ -104,7 +104,8 @@ def attend_decode_hopper(
         k_scale, v_scale, scale, block_tables.stride(0), step, plan.num_programs,
         N=num_heads, K=num_kv_heads, H=head_dim, Q_STRIDE=q.stride(0), BLOCK=block_size,
         TILE=numerics.tile_size(head_dim), PARTITION=plan.partition, CAUSAL=is_causal,
-        WINDOW=plan.sliding_window, FUSED=is_fused, STAGES=choice["stages"],
+        WINDOW=plan.sliding_window, FUSED=is_fused,
+        HALF=plan.max_query_len * num_heads <= 8 * num_kv_heads, STAGES=choice["stages"],
         WIDE=(choice["k_wide"], choice["v_wide"]), num_warps=4,
     )  # fmt: skip
     if plan.is_split and not is_fused:

@@ -213,6 +213,35 @@ def _start_scores(q_smem, k_smem, k_full, count, S: gl.constexpr):
 
 
 @gluon.jit
+def _upper(x, HALF: gl.constexpr):
+    """Rows 0 to 7 of every 16 of x [ROWS, ..], which are all that hold a query where HALF."""
+    if HALF:
+        y, _ = gl.split(x.reshape([ROWS // 16, 2, 8, x.shape[1]]).permute([0, 2, 3, 1]))
+        return y.reshape([ROWS // 2, x.shape[1]])
+    else:
+        return x
+
+
+@gluon.jit
+def _whole(x, HALF: gl.constexpr):
+    """The reverse of `_upper`, with zeros in the other rows."""
+    if HALF:
+        y = gl.join(x, gl.zeros_like(x)).reshape([ROWS // 16, 8, x.shape[1], 2])
+        return y.permute([0, 3, 1, 2]).reshape([ROWS, x.shape[1]])
+    else:
+        return x
+
+
+@gluon.jit
+def _whole_rows(x, like: gl.constexpr, HALF: gl.constexpr):
+    """`_whole` for a value a row, in the layout `like`."""
+    if HALF:
+        y = gl.join(x, gl.zeros_like(x)).reshape([ROWS // 16, 8, 2]).permute([0, 2, 1])
+        x = y.reshape([ROWS])
+    return gl.convert_layout(x, like, assert_trivial=True)
+
+
+@gluon.jit
 def _mask(s, tile, last, WINDOW: gl.constexpr, S: gl.constexpr):
     """-inf where a row does not see a key; last [ROWS] is the newest key a row sees, or -1."""
     TILE: gl.constexpr = s.shape[1]
@@ -241,18 +270,18 @@ def _clear_unseen(v, lo, hi, LAYOUT: gl.constexpr):
 def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, begin, end,
             full_from, full_to, low, keys, last, scale, q_ptr, next_start, next_tokens, next_head,
             Q_STRIDE: gl.constexpr, G: gl.constexpr, A: gl.constexpr, S: gl.constexpr,
-            WINDOW: gl.constexpr, CLEAR: gl.constexpr):  # fmt: skip
+            WINDOW: gl.constexpr, CLEAR: gl.constexpr, HALF: gl.constexpr):  # fmt: skip
     """The rows in q_smem against tiles [begin, end) of keys, the rings' from number `count` on.
 
     last [ROWS]: newest key a row sees. All rows see all keys of tiles [full_from, full_to), none
     sees a key before `low`. Meanwhile the next unit's rows of q are copied. Returns m, l and the
-    sums [ROWS, H] of these tiles.
+    sums [ROWS, H] of these tiles. HALF: no query lies in rows 8 to 15 of every 16, which are those
+    that the same threads would have to compute.
     """
     H: gl.constexpr = q_smem.shape[1]
     TILE: gl.constexpr = k_smem.shape[1]
     V_STAGES: gl.constexpr = v_smem.shape[0]
     P: gl.constexpr = gl.DotOperandLayout(0, A, 2)
-    S_ROW: gl.constexpr = gl.SliceLayout(1, S)
     A_ROW: gl.constexpr = gl.SliceLayout(1, A)
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])
     s = _start_scores(q_smem, k_smem, k_full, count, S)
@@ -260,11 +289,13 @@ def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, beg
     _arrive(k_empty, count)
     if (begin < full_from) | (begin >= full_to):
         s = _mask(s, begin, last, WINDOW, S)
-    m = gl.full([ROWS], float("-inf"), gl.float32, S_ROW)
-    l = gl.full([ROWS], 0.0, gl.float32, S_ROW)
+    x = _upper(s, HALF)
+    S_ROW: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    m = gl.full([x.shape[0]], float("-inf"), gl.float32, S_ROW)
+    l = gl.full([x.shape[0]], 0.0, gl.float32, S_ROW)
     acc = gl.zeros([ROWS, H], gl.float32, A)
-    x, m, l, alpha = softmax_tile(s, m, l, scale)
-    p = gl.convert_layout(x.to(q_smem.dtype), P)
+    x, m, l, alpha = softmax_tile(x, m, l, scale)
+    p = gl.convert_layout(_whole(x.to(q_smem.dtype), HALF), P)
     _wait(v_full, count)
     if CLEAR and WINDOW > 0:  # noqa: SIM102  (constexprs: no branch is left behind)
         if low > begin * TILE:
@@ -276,14 +307,14 @@ def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, beg
         _arrive(k_empty, count + 1)
         if (tile < full_from) | (tile >= full_to):
             s = _mask(s, tile, last, WINDOW, S)
-        x, m, l, alpha = softmax_tile(s, m, l, scale)
+        x, m, l, alpha = softmax_tile(_upper(s, HALF), m, l, scale)
         # This tile's V is needed only in the next round, but the branch in its wait keeps the
         # assembler from moving the softmax behind the end of the product that runs now.
         _wait(v_full, count + 1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         _arrive(v_empty, count)
-        acc = acc * gl.convert_layout(alpha, A_ROW, assert_trivial=True)[:, None]
-        p = gl.convert_layout(x.to(q_smem.dtype), P)
+        acc = acc * _whole_rows(alpha, A_ROW, HALF)[:, None]
+        p = gl.convert_layout(_whole(x.to(q_smem.dtype), HALF), P)
         count += 1
     _load_q(q_ptr, q_smem, next_start, next_tokens, next_head, Q_STRIDE, G)
     if CLEAR:  # noqa: SIM102
@@ -292,9 +323,7 @@ def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, beg
     acc = warpgroup_mma(p, v_smem.index(count % V_STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     _arrive(v_empty, count)
-    m = gl.convert_layout(m, A_ROW, assert_trivial=True)
-    l = gl.convert_layout(l, A_ROW, assert_trivial=True)
-    return m, l, acc
+    return _whole_rows(m, A_ROW, HALF), _whole_rows(l, A_ROW, HALF), acc
 
 
 @gluon.jit
@@ -379,7 +408,8 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
              requests_ptr, programs_ptr, arrivals_ptr, m_ptr, l_ptr, acc_ptr, sinks_ptr,
              k_scale_ptr, v_scale_ptr, scale, step, last_program, Q_STRIDE: gl.constexpr,
              N: gl.constexpr, K: gl.constexpr, PARTITION: gl.constexpr, CAUSAL: gl.constexpr,
-             WINDOW: gl.constexpr, FUSED: gl.constexpr, CLEAR: gl.constexpr):  # fmt: skip
+             WINDOW: gl.constexpr, FUSED: gl.constexpr, HALF: gl.constexpr,
+             CLEAR: gl.constexpr):  # fmt: skip
     """The consumer warpgroup: this program's units."""
     H: gl.constexpr = q_smem.shape[1]
     TILE: gl.constexpr = k_smem.shape[1]
@@ -415,6 +445,7 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
             q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, begin, end,
             full_from, full_to, low, keys, last, softmax_scale(natural, None, None, 0.0), q_ptr,
             ahead[1], gl.where(more, ahead[2], 0), next_head, Q_STRIDE, G, A, S, WINDOW, CLEAR,
+            HALF,
         )  # fmt: skip
         _end_unit(
             m, l, acc, row, head, part, unit, out_ptr, arrivals_ptr, m_ptr, l_ptr, acc_ptr,
@@ -451,6 +482,7 @@ def decode_hopper(
     TILE: gl.constexpr, PARTITION: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr,  # 0, or keys that a token sees, itself included; needs CAUSAL
     FUSED: gl.constexpr,  # whether partials are folded here, or by `decode_kernel.combine`
+    HALF: gl.constexpr,  # whether no unit has more than 8 rows
     STAGES: gl.constexpr,  # tiles of K, and of V, on their way or in use
     WIDE: gl.constexpr,  # (K, V) tiles of a cache of 8 bits that are kept widened, or (0, 0)
 ):  # fmt: skip
@@ -474,7 +506,8 @@ def decode_hopper(
                 (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full,
                             v_empty, requests_ptr, programs_ptr, arrivals_ptr, m_ptr, l_ptr,
                             acc_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, scale, step,
-                            last_program, Q_STRIDE, N, K, PARTITION, CAUSAL, WINDOW, FUSED, False)),
+                            last_program, Q_STRIDE, N, K, PARTITION, CAUSAL, WINDOW, FUSED,
+                            HALF, False)),
                 (_widen, (k_copied, v_copied, k_here, k_taken, v_here, v_taken, k_smem, v_smem,
                           k_full, k_empty, v_full, v_empty, requests_ptr, programs_ptr, step,
                           last_program)),
@@ -491,7 +524,8 @@ def decode_hopper(
                 (_consume, (q_ptr, out_ptr, q_smem, k_copied, v_copied, k_here, k_taken, v_here,
                             v_taken, requests_ptr, programs_ptr, arrivals_ptr, m_ptr, l_ptr,
                             acc_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, scale, step,
-                            last_program, Q_STRIDE, N, K, PARTITION, CAUSAL, WINDOW, FUSED, True)),
+                            last_program, Q_STRIDE, N, K, PARTITION, CAUSAL, WINDOW, FUSED,
+                            HALF, True)),
                 (_produce, (k_desc, v_desc, k_copied, v_copied, k_here, k_taken, v_here, v_taken,
                             table_ptr, requests_ptr, programs_ptr, table_stride, step,
                             last_program, K, BLOCK, PARTITION, WINDOW)),
