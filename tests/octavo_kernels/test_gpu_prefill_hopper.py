@@ -48,7 +48,8 @@ with collecting() as found:
 with compiling_for(90):
     taken = resources(found[-1].compile())
 assert taken.wgmma >= 48 and taken.mma == 0, taken
-assert taken.stack <= 64, taken  # a few words of the producer, none of the consumers' tiles
+# A few words of the producer, none of the consumers' tiles (136 bytes with Triton 3.9).
+assert taken.stack <= 160, taken
 assert taken.shared <= 232448, taken
 """
 
