@@ -359,6 +359,9 @@ def _sampling(scene: Scene) -> None:
         positions=numbers,
     )
     gpu_params.extend(params, slots=slots, tokens=numbers)
+    if scene.shape.num_drafts:
+        accepted = numbers[:, None].repeat(1, 1 + scene.shape.num_drafts)
+        gpu_params.extend(params, slots=slots, tokens=accepted)
     gpu.topn_logprobs(logits, chosen=numbers % vocab, num_best=1)
 
 
