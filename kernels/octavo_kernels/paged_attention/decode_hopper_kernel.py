@@ -14,180 +14,27 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from octavo_kernels.paged_attention.decode_hopper_ring_kernel import (
+    RENAMED,
+    arrive,
+    first_unit,
+    next_unit,
+    produce,
+    ring_barriers,
+    wait,
+    widen,
+)
 from octavo_kernels.paged_attention.decode_kernel import _unit_tiles
 from octavo_kernels.paged_attention.logits_kernel import finish, logit_scale, softmax_scale
 from octavo_kernels.paged_attention.numerics import merge, softmax_tile
 
 ROWS = gl.constexpr(64)  # of a unit: query tokens x heads of one kv head, the rest zeros
-LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of the producer warp
-RENAMED = gl.constexpr(hasattr(tma, "async_load"))  # after Triton 3.6
 copy_rows = async_copy.async_load if RENAMED.value else async_copy.async_copy_global_to_shared
 all_threads = gl.barrier if RENAMED.value else gl.thread_barrier
-copy_box = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _request(requests_ptr, row):
-    """A row of `AttentionPlan.requests`."""
-    at = requests_ptr + 8 * row
-    return (
-        gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3),
-        gl.load(at + 4), gl.load(at + 5), gl.load(at + 6), gl.load(at + 7),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _first_unit(programs_ptr, requests_ptr, step, last_program):
-    """Where this program begins and how many tiles it has; it does those of `step` programs."""
-    p = gl.program_id(0) * step
-    program = programs_ptr + 4 * p
-    row, head, part = gl.load(program), gl.load(program + 1), gl.load(program + 2)
-    end = gl.load(programs_ptr + 4 * gl.minimum(p + step, last_program) + 3)
-    todo = end - gl.load(program + 3)
-    if todo <= 0:
-        row = 0  # the row may not exist
-    unit = _request(requests_ptr, row)
-    return row, head, gl.where(part < 0, unit[5], part), todo, unit
-
-
-@gluon.jit
-def _next_unit(requests_ptr, row, head, part, more, unit, K: gl.constexpr):
-    """The unit after this one; where there is no `more`, numbers without meaning."""
-    request, start, query_len, keys, first, own, stop, partial = unit
-    part += 1
-    if part >= stop:
-        head += 1
-        if head >= K:
-            head = 0
-            if more:
-                row += 1
-                request, start, query_len, keys, first, own, stop, partial = _request(
-                    requests_ptr, row
-                )
-        part = own
-    return row, head, part, (request, start, query_len, keys, first, own, stop, partial)
-
-
-@gluon.jit
-def _wait(ring, count):
-    """Waits until place `count` of a ring of barriers is full."""
-    mbarrier.wait(ring.index(count % ring.shape[0]), (count // ring.shape[0]) & 1)
-
-
-@gluon.jit
-def _wait_empty(ring, count):
-    """Waits until what was in place `count` of a ring before has been taken."""
-    mbarrier.wait(ring.index(count % ring.shape[0]), ((count // ring.shape[0]) & 1) ^ 1)
-
-
-@gluon.jit
-def _arrive(ring, count):
-    mbarrier.arrive(ring.index(count % ring.shape[0]))
-
-
-@gluon.jit
-def _block_numbers(table_ptr, table_stride, request, tile, keys, more, TILE: gl.constexpr,
-                   BLOCK: gl.constexpr):  # fmt: skip
-    """The numbers of a tile's blocks, lane i of a warp has block i's; -1 for one past the keys.
-
-    In lanes, not in scalars, because those would be waited for where they are loaded.
-    """
-    lane = gl.arange(0, 32, LANES)
-    block = tile * (TILE // BLOCK) + lane
-    there = (lane < TILE // BLOCK) & (block * BLOCK < keys)
-    table = table_ptr + request.to(gl.int64) * table_stride
-    return gl.load(table + block, mask=there & more, other=-1)
-
-
-@gluon.jit
-def _copy_tile(desc, smem, full, empty, rows, count, BLOCK: gl.constexpr):
-    """Copies tile number `count`, a block at a time: its cache rows from lane i's on."""
-    STAGES: gl.constexpr = smem.shape[0]
-    TILE: gl.constexpr = smem.shape[1]
-    BYTES: gl.constexpr = TILE * smem.shape[2] * smem.dtype.primitive_bitwidth // 8
-    _wait_empty(empty, count)
-    ready = full.index(count % STAGES)
-    to = smem.index(count % STAGES)
-    mbarrier.expect(ready, BYTES)
-    for i in gl.static_range(TILE // BLOCK):
-        copy_box(desc, [rows[i], 0], ready, to.slice(i * BLOCK, BLOCK))
-
-
-@gluon.jit
-def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-             table_ptr, requests_ptr, programs_ptr, table_stride, step, last_program,
-             K: gl.constexpr, BLOCK: gl.constexpr, PARTITION: gl.constexpr,
-             WINDOW: gl.constexpr):  # fmt: skip
-    """The producer warp: K and V tiles of this program's units; block numbers a tile ahead."""
-    TILE: gl.constexpr = k_smem.shape[1]
-    row, head, part, todo, unit = _first_unit(programs_ptr, requests_ptr, step, last_program)
-    tile, last = _unit_tiles(part, unit[2], unit[3], TILE, PARTITION, WINDOW)
-    numbers = _block_numbers(table_ptr, table_stride, unit[0], tile, unit[3], todo > 0, TILE, BLOCK)
-    for count in range(todo):
-        # A negative row lies outside the cache, and what lies outside is copied as 0.
-        lane_rows = (numbers * K + head) * BLOCK
-        rows = ()
-        for i in gl.static_range(TILE // BLOCK):
-            rows = rows + (gl.sum(gl.where(gl.arange(0, 32, LANES) == i, lane_rows, 0), 0),)
-        _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, BLOCK)
-        _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, BLOCK)
-        more = count + 1 < todo
-        tile += 1
-        if tile >= last:
-            row, head, part, unit = _next_unit(requests_ptr, row, head, part, more, unit, K)
-            tile, last = _unit_tiles(part, unit[2], unit[3], TILE, PARTITION, WINDOW)
-        numbers = _block_numbers(table_ptr, table_stride, unit[0], tile, unit[3], more, TILE, BLOCK)
-
-
-@gluon.jit
-def _widen_tile(codes, codes_full, codes_empty, smem, full, empty, count,
-                LAYOUT: gl.constexpr):  # fmt: skip
-    """e4m3 to 16 bits, exactly.
-
-    A code with its sign extended, shifted to where exponent and mantissa belong; then a mask, and
-    a power of two that makes up for the biases. NaN, which no cache holds, becomes 480.
-    """
-    _wait(codes_full, count)
-    x = codes.index(count % codes.shape[0]).load(LAYOUT)
-    _arrive(codes_empty, count)
-    if smem.dtype == gl.bfloat16:
-        ASM: gl.constexpr = """{ .reg .b32 t, p, z;
-            mov.b32 p, 0x7B807B80; mov.b32 z, 0x80008000;
-            prmt.b32 t, $2, 0, 0x9180; shl.b32 t, t, 4; and.b32 t, t, 0x87F087F0;
-            fma.rn.bf16x2 $0, t, p, z;
-            prmt.b32 t, $2, 0, 0xB3A2; shl.b32 t, t, 4; and.b32 t, t, 0x87F087F0;
-            fma.rn.bf16x2 $1, t, p, z; }"""
-    else:
-        ASM: gl.constexpr = """{ .reg .b32 t, p, z;
-            mov.b32 p, 0x5C005C00; mov.b32 z, 0x80008000;
-            prmt.b32 t, $2, 0, 0x9180; shl.b32 t, t, 7; and.b32 t, t, 0xBF80BF80;
-            fma.rn.f16x2 $0, t, p, z;
-            prmt.b32 t, $2, 0, 0xB3A2; shl.b32 t, t, 7; and.b32 t, t, 0xBF80BF80;
-            fma.rn.f16x2 $1, t, p, z; }"""
-    wide = gl.inline_asm_elementwise(ASM, "=r,=r,r", [x], dtype=smem.dtype, is_pure=True, pack=4)
-    _wait_empty(empty, count)
-    smem.index(count % smem.shape[0]).store(wide)
-    fence_async_shared()
-    _arrive(full, count)
-
-
-@gluon.jit
-def _widen(k_codes, v_codes, k_codes_full, k_codes_empty, v_codes_full, v_codes_empty,
-           k_smem, v_smem, k_full, k_empty, v_full, v_empty, requests_ptr, programs_ptr, step,
-           last_program):  # fmt: skip
-    """The warpgroup that widens tiles on their way to the consumer."""
-    H: gl.constexpr = k_smem.shape[2]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])
-    _, _, _, todo, _ = _first_unit(programs_ptr, requests_ptr, step, last_program)
-    for count in range(todo):
-        _widen_tile(k_codes, k_codes_full, k_codes_empty, k_smem, k_full, k_empty, count, LAYOUT)
-        _widen_tile(v_codes, v_codes_full, v_codes_empty, v_smem, v_full, v_empty, count, LAYOUT)
 
 
 @gluon.jit
@@ -206,7 +53,7 @@ def _load_q(q_ptr, q_smem, start, tokens, head, Q_STRIDE: gl.constexpr, G: gl.co
 def _start_scores(q_smem, k_smem, k_full, count, S: gl.constexpr):
     """Waits for tile number `count` of K and starts its scores; returns them unfinished."""
     TILE: gl.constexpr = k_smem.shape[1]
-    _wait(k_full, count)
+    wait(k_full, count)
     s = gl.zeros([ROWS, TILE], gl.float32, S)
     k = k_smem.index(count % k_smem.shape[0]).permute((1, 0))
     return warpgroup_mma(q_smem, k, s, use_acc=False, is_async=True)
@@ -286,7 +133,7 @@ def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, beg
     FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])
     s = _start_scores(q_smem, k_smem, k_full, count, S)
     s = warpgroup_mma_wait(0, deps=(s,))
-    _arrive(k_empty, count)
+    arrive(k_empty, count)
     if (begin < full_from) | (begin >= full_to):
         s = _mask(s, begin, last, WINDOW, S)
     x = _upper(s, HALF)
@@ -296,7 +143,7 @@ def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, beg
     acc = gl.zeros([ROWS, H], gl.float32, A)
     x, m, l, alpha = softmax_tile(x, m, l, scale)
     p = gl.convert_layout(_whole(x.to(q_smem.dtype), HALF), P)
-    _wait(v_full, count)
+    wait(v_full, count)
     if CLEAR and WINDOW > 0:  # noqa: SIM102  (constexprs: no branch is left behind)
         if low > begin * TILE:
             _clear_unseen(v_smem.index(count % V_STAGES), low - begin * TILE, TILE, FLAT)
@@ -304,15 +151,15 @@ def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, beg
         s = _start_scores(q_smem, k_smem, k_full, count + 1, S)
         acc = warpgroup_mma(p, v_smem.index(count % V_STAGES), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
-        _arrive(k_empty, count + 1)
+        arrive(k_empty, count + 1)
         if (tile < full_from) | (tile >= full_to):
             s = _mask(s, tile, last, WINDOW, S)
         x, m, l, alpha = softmax_tile(_upper(s, HALF), m, l, scale)
         # This tile's V is needed only in the next round, but the branch in its wait keeps the
         # assembler from moving the softmax behind the end of the product that runs now.
-        _wait(v_full, count + 1)
+        wait(v_full, count + 1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _arrive(v_empty, count)
+        arrive(v_empty, count)
         acc = acc * _whole_rows(alpha, A_ROW, HALF)[:, None]
         p = gl.convert_layout(_whole(x.to(q_smem.dtype), HALF), P)
         count += 1
@@ -322,7 +169,7 @@ def _attend(q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, count, beg
             _clear_unseen(v_smem.index(count % V_STAGES), 0, keys - (end - 1) * TILE, FLAT)
     acc = warpgroup_mma(p, v_smem.index(count % V_STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    _arrive(v_empty, count)
+    arrive(v_empty, count)
     return _whole_rows(m, A_ROW, HALF), _whole_rows(l, A_ROW, HALF), acc
 
 
@@ -417,13 +264,13 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     A: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
     r = gl.arange(0, ROWS, gl.SliceLayout(1, S))
-    row, head, part, todo, unit = _first_unit(programs_ptr, requests_ptr, step, last_program)
+    row, head, part, todo, unit = first_unit(programs_ptr, requests_ptr, step, last_program)
     _load_q(q_ptr, q_smem, unit[1], gl.where(todo > 0, unit[2], 0), head, Q_STRIDE, G)
     count = 0
     while count < todo:
         begin, end = _unit_tiles(part, unit[2], unit[3], TILE, PARTITION, WINDOW)
         more = count + end - begin < todo
-        next_row, next_head, next_part, ahead = _next_unit(
+        next_row, next_head, next_part, ahead = next_unit(
             requests_ptr, row, head, part, more, unit, K
         )
         tokens, keys = unit[2], unit[3]
@@ -456,18 +303,6 @@ def _consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_
     async_copy.wait_group(0)
 
 
-@gluon.jit
-def _ring(STAGES: gl.constexpr):
-    """Barriers of a ring: full, empty."""
-    bar: gl.constexpr = mbarrier.MBarrierLayout()
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    return full, empty
-
-
 @gluon.jit(do_not_specialize=["scale", "table_stride", "step", "last_program"])
 def decode_hopper(
     q_ptr,  # [T, N, H], rows Q_STRIDE elements apart
@@ -494,13 +329,13 @@ def decode_hopper(
     q_smem = gl.allocate_shared_memory(dtype, [ROWS, H], rows)
     k_copied = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, H], codes)
     v_copied = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, H], codes)
-    k_here, k_taken = _ring(STAGES)
-    v_here, v_taken = _ring(STAGES)
+    k_here, k_taken = ring_barriers(STAGES)
+    v_here, v_taken = ring_barriers(STAGES)
     if WIDE[0] > 0:
         k_smem = gl.allocate_shared_memory(dtype, [WIDE[0], TILE, H], kv)
         v_smem = gl.allocate_shared_memory(dtype, [WIDE[1], TILE, H], kv)
-        k_full, k_empty = _ring(WIDE[0])
-        v_full, v_empty = _ring(WIDE[1])
+        k_full, k_empty = ring_barriers(WIDE[0])
+        v_full, v_empty = ring_barriers(WIDE[1])
         gl.warp_specialize(
             [
                 (_consume, (q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full,
@@ -508,10 +343,10 @@ def decode_hopper(
                             acc_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, scale, step,
                             last_program, Q_STRIDE, N, K, PARTITION, CAUSAL, WINDOW, FUSED,
                             HALF, False)),
-                (_widen, (k_copied, v_copied, k_here, k_taken, v_here, v_taken, k_smem, v_smem,
+                (widen, (k_copied, v_copied, k_here, k_taken, v_here, v_taken, k_smem, v_smem,
                           k_full, k_empty, v_full, v_empty, requests_ptr, programs_ptr, step,
                           last_program)),
-                (_produce, (k_desc, v_desc, k_copied, v_copied, k_here, k_taken, v_here, v_taken,
+                (produce, (k_desc, v_desc, k_copied, v_copied, k_here, k_taken, v_here, v_taken,
                             table_ptr, requests_ptr, programs_ptr, table_stride, step,
                             last_program, K, BLOCK, PARTITION, WINDOW)),
             ],
@@ -526,7 +361,7 @@ def decode_hopper(
                             acc_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, scale, step,
                             last_program, Q_STRIDE, N, K, PARTITION, CAUSAL, WINDOW, FUSED,
                             HALF, True)),
-                (_produce, (k_desc, v_desc, k_copied, v_copied, k_here, k_taken, v_here, v_taken,
+                (produce, (k_desc, v_desc, k_copied, v_copied, k_here, k_taken, v_here, v_taken,
                             table_ptr, requests_ptr, programs_ptr, table_stride, step,
                             last_program, K, BLOCK, PARTITION, WINDOW)),
             ],
