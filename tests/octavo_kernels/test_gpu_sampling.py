@@ -149,8 +149,8 @@ def test_more_candidates_than_the_list_holds(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("num_rows", [1, 4])
-def test_cuts_hang_on_no_bracket(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
-    """Lists, brackets and a search among all logits find the same least kept key."""
+def test_cuts_hang_on_no_guess(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """Guesses right, wrong and useless, lists long and short find the same least kept key."""
     generator = torch.Generator().manual_seed(3)
     vocab_size = 3000
     logits = torch.randn(4, vocab_size, generator=generator)
@@ -160,21 +160,39 @@ def test_cuts_hang_on_no_bracket(monkeypatch: pytest.MonkeyPatch, num_rows: int)
     given = columns(num_rows, top_p=0.9)
     given |= {"min_p": torch.tensor([0.0, 0.0, 0.0, 0.01])[:num_rows]}
     moved = {name: x.to(DEVICE) for name, x in given.items()}
-    found = []
-    for capacity in (8, 200, 4096):
+    found, ways = [], set()
+    guesses = [(None, 8192), (None, 1), ((-9e37, INF), 200), ((-9e37, INF), 8)]
+    guesses += [((30.0, 40.0), 4096), ((-9e37, -9e36), 200), ((21.0, INF), 8)]
+    guess_rows = gpu.guess_rows
+    for bracket, capacity in guesses:
+
+        def misguess(
+            x: Tensor,
+            filters: tuple[Tensor, ...],
+            work: gpu.GpuWorkspace,
+            bracket: tuple[float, float] | None = bracket,
+        ) -> None:
+            guess_rows(x, filters, work)
+            if bracket is not None:
+                work.ranges[:, 0], work.ranges[:, 1] = bracket
+
+        monkeypatch.setattr(gpu, "guess_rows", misguess)
         monkeypatch.setattr(gpu, "CAPACITY", capacity)
         work = gpu.GpuWorkspace.create(
             num_rows, vocab_size=vocab_size, dtype=torch.float32, device=DEVICE
         )
+        work.cursors.fill_(-1)
         gpu.sample(logits[:num_rows].to(DEVICE), **moved, workspace=work)
-        found.append((work.cuts[:, 0].tolist(), work.cursors[:, 1].tolist()))
-    assert all(cuts == found[0][0] for cuts, _ in found)
-    assert len({tuple(turns) for _, turns in found}) > 1
+        found.append(work.cuts[:, 0].tolist())
+        listed = work.cuts[:, 1] >= 0
+        ways |= {(bool(a), int(b)) for a, b in zip(listed, work.cursors[:, 2], strict=True)}
+    assert all(cuts == found[0] for cuts in found)
+    assert {(True, 0), (True, 1)} <= ways
     for row in range(num_rows):
         weights = (logits[row].double() - logits[row].max().double()).exp()
         weights = weights[weights >= given["min_p"][row]].sort(descending=True).values
         num_kept = int((weights.cumsum(0) < 0.9 * weights.sum()).sum()) + 1
-        least = torch.tensor(found[0][0][row], dtype=torch.int32)
+        least = torch.tensor(found[0][row], dtype=torch.int32)
         value = torch.where(least < 0, least ^ 0x7FFFFFFF, least).view(torch.float32)
         assert int((logits[row] >= value).sum()) == num_kept
 

@@ -14,19 +14,21 @@ from octavo_kernels.launch import launch
 from octavo_kernels.sampling import TopLogprobs
 from octavo_kernels.sampling.gpu_draw_kernel import draw
 from octavo_kernels.sampling.gpu_logprobs_kernel import score_rows, score_tiles
-from octavo_kernels.sampling.gpu_narrow_kernel import narrow, weigh
+from octavo_kernels.sampling.gpu_narrow_kernel import narrow
 from octavo_kernels.sampling.gpu_sample_kernel import cut, survey
+from octavo_kernels.sampling.gpu_weigh_kernel import guess, weigh
 from octavo_kernels.tuning import Choice, choose
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUB = 256  # tokens of a subtile
-CAPACITY = 4096  # candidates of a row that are listed; more are searched for among all logits
+CAPACITY = 8192  # candidates of a row that are listed; more are searched for among all logits
 MAX_VOCAB = 2**21
 FEW_ROWS = 4
 _WEIGH_TILE = 2048
 _SCORE_TILE = 8192
+_HELD_BY_WARP = 512  # tokens of a list
 _BINS = 64  # of a turn
-_TURNS = 3  # bins of all logits, then twice bins, or the list, of a bracket
+_TURNS = 2  # bins of where a guess missed, then bins, or the list, of a bracket
 
 
 def _subs(vocab_size: int) -> int:
@@ -45,10 +47,10 @@ class GpuWorkspace:
     vocab_size: int
     peaks: Tensor  # [R, subtiles] int32
     bounds: Tensor  # [R, subtiles] float32
-    masses: Tensor  # [R, turns * parts] int64
+    masses: Tensor  # [R, 4 * parts] int64
     counts: Tensor  # [R, turns * parts * 64] int32: tokens in bins of logits
-    ranges: Tensor  # [R, turns * 2] float32: where a turn's bins end and begin
-    cursors: Tensor  # [R, 2] int32: tokens listed, and the turn that lists them
+    ranges: Tensor  # [R, 4] float32: low and end of the guessed and of the last bracket
+    cursors: Tensor  # [R, 3] int32: tokens of either bracket, whether the last is listed
     subs: Tensor  # [R, subtiles] int32
     values: Tensor  # [R, CAPACITY] of the logits' dtype
     ids: Tensor  # [R, CAPACITY] int32
@@ -58,9 +60,9 @@ class GpuWorkspace:
     def create(
         cls, max_rows: int, *, vocab_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> GpuWorkspace:
-        """About 50 KB a row (float32 logits, 128k tokens)."""
+        """About 95 KB a row (float32 logits, 128k tokens)."""
         subs = _subs(vocab_size)
-        parts = _TURNS * -(-vocab_size // (2 * _WEIGH_TILE))
+        parts = -(-vocab_size // (2 * _WEIGH_TILE))
 
         def empty(width: int, kind: torch.dtype) -> Tensor:
             return torch.empty(max_rows, width, dtype=kind, device=device)
@@ -70,10 +72,10 @@ class GpuWorkspace:
             vocab_size=vocab_size,
             peaks=empty(subs, torch.int32),
             bounds=empty(subs, torch.float32),
-            masses=empty(parts, torch.int64),
-            counts=empty(parts * _BINS, torch.int32),
-            ranges=empty(_TURNS * 2, torch.float32),
-            cursors=empty(2, torch.int32),
+            masses=empty(4 * parts, torch.int64),
+            counts=empty(_TURNS * parts * _BINS, torch.int32),
+            ranges=empty(4, torch.float32),
+            cursors=empty(3, torch.int32),
             subs=empty(subs, torch.int32),
             values=empty(CAPACITY, dtype),
             ids=empty(CAPACITY, torch.int32),
@@ -185,6 +187,7 @@ def sample(
     noise = (seeds, positions)
     read_all(logits, work.peaks, (temperature, top_k, *noise), work.bounds)
     filters = (temperature, top_k, top_p, min_p)
+    guess_rows(logits, filters, work)
     narrow_rows(logits, filters, work)
     cut_rows(logits, filters, work)
     launch(
@@ -216,7 +219,28 @@ def _parts(num_rows: int, vocab_size: int) -> dict[str, int]:
     # Most rows want none of this, and programs that end at once cost time too. A program can
     # hold the counts of 31 tiles.
     parts = -(-tiles // (2 if num_rows < FEW_ROWS else 16))
-    return {"NUM_PARTS": parts, "TURNS": _TURNS}
+    return {"NUM_PARTS": parts}
+
+
+def guess_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace) -> None:
+    """Brackets that likely hold where rows with a top_p and no top_k cut."""
+    num_rows, vocab_size = logits.shape
+    num_subs = _subs(vocab_size)
+    launch(
+        guess,
+        (num_rows,),
+        logits,
+        *filters,
+        work.peaks,
+        work.ranges,
+        work.cursors,
+        work.subs,
+        VOCAB=vocab_size,
+        NUM_SUBS=num_subs,
+        SUBS_PAD=_power(num_subs),
+        num_warps=8,
+        maxnreg=128,
+    )
 
 
 def narrow_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace) -> None:
@@ -226,24 +250,23 @@ def narrow_rows(logits: Tensor, filters: tuple[Tensor, ...], work: GpuWorkspace)
     sizes = {"VOCAB": vocab_size, "NUM_SUBS": num_subs, "SUBS_PAD": _power(num_subs)}
     sizes["NUM_TILES"] = -(-vocab_size // _WEIGH_TILE)
     sizes |= _parts(num_rows, vocab_size)
+    sizes["CAPACITY"] = work.values.shape[1]
     grid = (num_rows * sizes["NUM_PARTS"], 1)
-    found = (work.masses, work.counts, work.ranges, work.cursors)
-    options = {"num_warps": 8, "maxnreg": 80}
-    launch(weigh, grid, logits, *filters, work.peaks, *found, **sizes, **options)
-    for turn in range(1, _TURNS):
+    rows = (logits, *filters, work.peaks, work.masses)
+    found = (work.ranges, work.cursors, work.values)
+    launch(weigh, grid, *rows, *found, **sizes, num_warps=8, maxnreg=64)
+    for turn in range(1, _TURNS + 1):
         launch(
             narrow,
             grid,
-            logits,
-            *filters,
-            work.peaks,
+            *rows,
+            work.counts,
             *found,
-            work.values,
             **sizes,
             PARTS_PAD=_power(sizes["NUM_PARTS"]),
             TURN=turn,
-            CAPACITY=work.values.shape[1],
-            **options,
+            num_warps=8,
+            maxnreg=80,
         )
 
 
@@ -278,6 +301,7 @@ def cut_rows(
         PARTS_PAD=_power(sizes["NUM_PARTS"]),
         **sizes,
         CAPACITY=work.values.shape[1],
+        HELD=_HELD_BY_WARP * choice["num_warps"],
         GROUP=choice["group"],
         BLOCK=choice["block"],
         num_warps=choice["num_warps"],

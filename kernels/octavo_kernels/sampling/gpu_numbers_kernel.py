@@ -52,6 +52,22 @@ def weight(x, peak, temperature):
 
 
 @triton.jit
+def weight_over(x, peak, temperature, inverse):
+    """`weight`, bit by bit, given div_rn(1, temperature): a quotient corrected twice is rounded.
+
+    Markstein: a quotient within an ulp, its exact remainder and the rounded reciprocal give the
+    rounded quotient. Remainders that underflow are of quotients whose exponential is 1.
+    """
+    gap = tl.maximum(x - peak, -1e30)  # far below the least that weighs anything, yet finite
+    ratio = gap * inverse
+    ratio = tl.fma(tl.fma(-ratio, temperature, gap), inverse, ratio)
+    ratio = tl.fma(tl.fma(-ratio, temperature, gap), inverse, ratio)
+    if (temperature < 1e-6) | (temperature > 1e6):
+        ratio = tl.div_rn(x - peak, temperature)
+    return exp_negative(ratio)
+
+
+@triton.jit
 def fixed_point(x):
     """x * 2^40 as an integer, for x in [0, 1]: sums of these are exact in any order."""
     return (x * 1099511627776.0).to(tl.int64)
@@ -134,3 +150,16 @@ def load_peaks(peaks_ptr, row, NUM_SUBS: tl.constexpr, SUBS_PAD: tl.constexpr):
     """[SUBS_PAD] peaks of a row, NO_KEY past the end."""
     subs = tl.arange(0, SUBS_PAD)
     return tl.load(peaks_ptr + row * NUM_SUBS + subs, mask=subs < NUM_SUBS, other=NO_KEY)
+
+
+@triton.jit
+def peaks_bound(peaks, k, most):
+    """A key that at least k subtiles, hence k tokens, reach; near the greatest such."""
+    low = tl.min(tl.where(peaks == NO_KEY, most, peaks), 0).to(tl.int64)
+    high = most.to(tl.int64)
+    for _ in range(16):
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum((peaks >= middle).to(tl.int32), 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, tl.maximum(middle - 1, low))
+    return low.to(tl.int32)

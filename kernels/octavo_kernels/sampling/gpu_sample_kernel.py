@@ -2,8 +2,8 @@
 
 `survey` reads all logits once: each subtile's peak and, for rows that race over everything, a
 bound of what its tokens can score. `cut` finds a row's least kept key among few candidates: those
-above the k-th best subtile's peak, or those that `narrow` listed where a top_p alone cuts. Sums
-that decide are of integers, hence exact in any order.
+above the k-th best subtile's peak, or those that `weigh` or `narrow` listed where a top_p alone
+cuts. Sums that decide are of integers, hence exact in any order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import triton.language as tl
 from octavo_kernels.launch import jit
 from octavo_kernels.sampling.gpu_narrow_kernel import (
     BINS,
+    RANGES,
+    TURNS,
     find_bracket,
+    judge_guess,
     light_weight,
     needed_mass,
     sum_parts,
@@ -29,6 +32,7 @@ from octavo_kernels.sampling.gpu_numbers_kernel import (
     lists_candidates,
     load_peaks,
     order_key,
+    peaks_bound,
     philox,
     row_noise,
     weight,
@@ -106,19 +110,6 @@ def survey(
             tl.store(to + 1, _bound(x1, p1, w1, scale), mask=subs + 1 < NUM_SUBS)
             tl.store(to + 2, _bound(x2, p2, w2, scale), mask=subs + 2 < NUM_SUBS)
             tl.store(to + 3, _bound(x3, p3, w3, scale), mask=subs + 3 < NUM_SUBS)
-
-
-@triton.jit
-def _peaks_bound(peaks, k, most):
-    """A key that at least k subtiles, hence k tokens, reach; near the greatest such."""
-    low = tl.min(tl.where(peaks == NO_KEY, most, peaks), 0).to(tl.int64)
-    high = most.to(tl.int64)
-    for _ in range(16):
-        middle = low + (high - low + 1) // 2
-        enough = tl.sum((peaks >= middle).to(tl.int32), 0) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, tl.maximum(middle - 1, low))
-    return low.to(tl.int32)
 
 
 @triton.jit
@@ -230,12 +221,33 @@ def _search(
 
 
 @triton.jit
+def _search_list(
+    source_ptr, count, needed, low, high, cut_weight, peak, temperature, HELD: tl.constexpr
+):
+    """The greatest key in [low, high] at or above which a list, held in registers, has the mass."""
+    at = tl.arange(0, HELD)
+    x = tl.load(source_ptr + at, mask=at < count, other=NEVER).to(tl.float32)
+    w = weight(x, peak, temperature)
+    stays = (at < count) & (w >= cut_weight)
+    w = tl.where(stays, w, 0.0)
+    key = order_key(x)
+    lo = tl.maximum(low, tl.min(tl.where(stays, key, MAX_KEY), 0)).to(tl.int64)
+    hi = tl.minimum(high, tl.max(tl.where(stays, key, NO_KEY), 0)).to(tl.int64)
+    while lo < hi:
+        middle = lo + (hi - lo + 1) // 2
+        mass = tl.sum(tl.where(key >= middle.to(tl.int32), fixed_point(w), 0), 0)
+        lo = tl.where(mass >= needed, middle, lo)
+        hi = tl.where(mass >= needed, hi, middle - 1)
+    return lo.to(tl.int32)
+
+
+@triton.jit
 def _last_bracket(
     masses_ptr,
     counts_ptr,
     ranges_ptr,
+    cursors_ptr,
     row,
-    listed_in,
     total,
     top_p,
     peak,
@@ -243,21 +255,27 @@ def _last_bracket(
     VOCAB: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
-    TURNS: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):
-    """Low and end key of a row's bracket, its count if it is not listed, and the mass from end."""
-    turn = tl.where(listed_in > 0, listed_in, TURNS - 1)
-    at = row * TURNS + turn
-    low, end = tl.load(ranges_ptr + at * 2), tl.load(ranges_ptr + at * 2 + 1)
-    above = sum_parts(masses_ptr, row, turn, TURNS, NUM_PARTS, PARTS_PAD)
-    count = turn * 0
-    if listed_in == 0:
-        low, end, count = find_bracket(
-            counts_ptr + at * NUM_PARTS * BINS, low, end, above, total,
-            needed_mass(top_p, total), peak, temperature, top_p, False, VOCAB, NUM_PARTS,
-            PARTS_PAD,
-        )  # fmt: skip
-    return order_key(low), order_key(end), count, above
+    """Low and end key of a row's bracket, its tokens, if they are listed, and the mass from end."""
+    needed = needed_mass(top_p, total)
+    low, end, above, is_listed = judge_guess(
+        masses_ptr, ranges_ptr, cursors_ptr, row, needed, peak, temperature, top_p, VOCAB,
+        NUM_PARTS, PARTS_PAD, CAPACITY,
+    )  # fmt: skip
+    count = tl.load(cursors_ptr + row * 3)
+    if is_listed == 0:
+        at = ranges_ptr + row * RANGES * 2 + 2
+        low, end = tl.load(at), tl.load(at + 1)
+        above = sum_parts(masses_ptr, row, 3, NUM_PARTS, PARTS_PAD)
+        count = tl.load(cursors_ptr + row * 3 + 1)
+        is_listed = tl.load(cursors_ptr + row * 3 + 2) != 0
+        if is_listed == 0:
+            low, end, count = find_bracket(
+                counts_ptr + (row * TURNS + 1) * NUM_PARTS * BINS, low, end, above, needed, peak,
+                temperature, VOCAB, NUM_PARTS, PARTS_PAD,
+            )  # fmt: skip
+    return order_key(low), order_key(end), count, is_listed & (count <= CAPACITY), above
 
 
 @jit
@@ -268,10 +286,10 @@ def cut(
     top_p_ptr,  # [S] float32
     min_p_ptr,  # [S] float32
     peaks_ptr,  # [S, NUM_SUBS] int32
-    masses_ptr,  # [S, TURNS, NUM_PARTS] int64
+    masses_ptr,  # [S, MASSES, NUM_PARTS] int64
     counts_ptr,  # [S, TURNS, NUM_PARTS, BINS] int32
-    ranges_ptr,  # [S, TURNS, 2] float32
-    cursors_ptr,  # [S, 2] int32
+    ranges_ptr,  # [S, RANGES, 2] float32
+    cursors_ptr,  # [S, 3] int32
     subs_ptr,  # [S, NUM_SUBS] int32, scratch
     values_ptr,  # [S, CAPACITY], out: gathered candidates
     ids_ptr,  # [S, CAPACITY] int32, out: their tokens, if top_k bounds them
@@ -281,8 +299,8 @@ def cut(
     SUBS_PAD: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
-    TURNS: tl.constexpr,
     CAPACITY: tl.constexpr,
+    HELD: tl.constexpr,  # tokens of a list that fit into registers
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -307,19 +325,17 @@ def cut(
             cut_weight = least
             gathers = has_k & (top_k <= NUM_SUBS)
             if gathers:
-                cut_key = _peaks_bound(peaks, top_k, most)
+                cut_key = peaks_bound(peaks, top_k, most)
             if has_k == 0:
-                total = sum_parts(masses_ptr, row, 0, TURNS, NUM_PARTS, PARTS_PAD)
+                total = sum_parts(masses_ptr, row, 0, NUM_PARTS, PARTS_PAD)
                 needed = needed_mass(top_p, total)
                 cut_weight = tl.maximum(least, light_weight(top_p, total, VOCAB))
-                listed_in = tl.load(cursors_ptr + row * 2 + 1)
-                cut_key, end_key, count, above = _last_bracket(
-                    masses_ptr, counts_ptr, ranges_ptr, row, listed_in, total, top_p, peak,
-                    temperature, VOCAB, NUM_PARTS, PARTS_PAD, TURNS,
+                cut_key, end_key, count, is_listed, above = _last_bracket(
+                    masses_ptr, counts_ptr, ranges_ptr, cursors_ptr, row, total, top_p, peak,
+                    temperature, VOCAB, NUM_PARTS, PARTS_PAD, CAPACITY,
                 )  # fmt: skip
-                count = tl.where(listed_in > 0, tl.load(cursors_ptr + row * 2), count)
-                gathers = (listed_in == 0) & (count <= CAPACITY)
-                listed = tl.where((listed_in > 0) & (count <= CAPACITY), count, -1)
+                gathers = (is_listed == 0) & (count <= CAPACITY)
+                listed = tl.where(is_listed, count, -1)
             if gathers:
                 listed, above = _gather(
                     row_ptr, subs_ptr + row * NUM_SUBS, values_ptr + row * CAPACITY,
@@ -342,9 +358,16 @@ def cut(
                         source_ptr, count, cut_key, cut_weight, peak, temperature, BLOCK
                     )
                     needed = needed_mass(top_p, total)
-                cut_key = _search(
-                    source_ptr, count, needed - above, cut_key, tl.minimum(most, end_key - 1),
-                    cut_weight, peak, temperature, True, BLOCK,
-                )  # fmt: skip
+                high = tl.minimum(most, end_key - 1)
+                if (listed >= 0) & (count <= HELD):
+                    cut_key = _search_list(
+                        source_ptr, count, needed - above, cut_key, high, cut_weight, peak,
+                        temperature, HELD,
+                    )  # fmt: skip
+                else:
+                    cut_key = _search(
+                        source_ptr, count, needed - above, cut_key, high, cut_weight, peak,
+                        temperature, True, BLOCK,
+                    )  # fmt: skip
     tl.store(cuts_ptr + row * 2, cut_key)
     tl.store(cuts_ptr + row * 2 + 1, listed)
