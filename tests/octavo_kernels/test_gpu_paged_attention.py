@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo_kernels.paged_attention import gpu, gpu_plan, numerics
 from octavo_kernels.paged_attention.gpu_plan import AttentionPlan, make_plan
-from octavo_kernels.testing import gpu_device, same_bits
+from octavo_kernels.testing import assert_canaries, gpu_device, guarded_empty, same_bits
 
 DEVICE = gpu_device()
 
@@ -99,6 +99,19 @@ def test_decode_and_prefill_give_the_same_bits(
     only_prefill(monkeypatch)
     assert same_bits(attend([(history, 297, 300)], **sizes)[0], decoded[0])
     assert same_bits(attend([(history, 0, 300)], **sizes)[0][297:], decoded[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [64, 96, 128, 256])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float16, gpu.FP8])
+def test_decode_and_prefill_give_the_same_bits_at_size(H: int, cache_dtype: torch.dtype) -> None:
+    dtype = torch.float16 if cache_dtype == torch.float16 else torch.bfloat16
+    history = History.make(2600, N=8, K=2, H=H, seed=5, dtype=dtype)
+    for window in (0, 1500):
+        sizes: dict[str, Any] = {"sliding_window": window, "cache_dtype": cache_dtype}
+        prompt = attend([(history, 0, 2600)], **sizes)[0]
+        for first in (2599, 2584):  # 1 token and 16: the most that are decoded
+            assert same_bits(attend([(history, first, 2600)], **sizes)[0], prompt[first:]), window
 
 
 @pytest.mark.usefixtures("short_partitions")
@@ -269,6 +282,21 @@ def test_wrong_numbers_stay_in_bounds() -> None:
         query_start_loc=starts, seq_lens=seq_lens, scale=1.0, plan=plan,
     )  # fmt: skip
     assert out.shape == (8, 32)
+
+
+@pytest.mark.parametrize("num_heads", [2, 32])  # decoded, prefilled
+def test_wrong_starts_write_nothing_outside(num_heads: int) -> None:
+    starts = torch.tensor([5, 90], dtype=torch.int32, device=DEVICE)
+    seq_lens = torch.tensor([1 << 30], dtype=torch.int32, device=DEVICE)
+    cache = torch.randn(4, 1, 16, 64, device=DEVICE).to(torch.bfloat16)
+    tables = torch.full((1, 4), 99, dtype=torch.int32, device=DEVICE)
+    q, _ = guarded_empty((8, num_heads, 64), torch.bfloat16, DEVICE)
+    out, store = guarded_empty((8, num_heads, 64), torch.bfloat16, DEVICE)
+    gpu.paged_attention(
+        q, cache, cache, block_tables=tables, query_start_loc=starts, seq_lens=seq_lens,
+        scale=1.0, out=out,
+    )  # fmt: skip
+    assert_canaries(store, "out")
 
 
 def call(**changes: Any) -> None:

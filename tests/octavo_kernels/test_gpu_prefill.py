@@ -106,6 +106,7 @@ def plan_of(sequences: Sequences, *, partition: int, window: int = 0) -> Attenti
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=dim,
+        cache_dtype=sequences.cache_dtype,
         sliding_window=window,
         partition=partition,
         block_q=block_q,

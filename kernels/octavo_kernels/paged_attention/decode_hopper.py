@@ -14,12 +14,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import decode_hopper_kernel, decode_kernel, numerics
-from octavo_kernels.paged_attention.gpu_plan import DECODE_ROWS, AttentionPlan
-from octavo_kernels.tuning import Choice
+from octavo_kernels.paged_attention.gpu_plan import DECODE_ROWS, AttentionPlan, decode_key
+from octavo_kernels.tuning import Choice, choose
 
 FP8 = torch.float8_e4m3fn
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, FP8: gl.float8e4nv}
 _Q_DTYPES = (torch.float16, torch.bfloat16)
+TUNED_AS = "paged_attention_decode_hopper"
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
 _COMBINE_VALUES = 1024  # accumulator values that `combine` folds at a time
@@ -92,7 +93,9 @@ def attend_decode_hopper(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     num_heads = plan.num_heads
     if choice is None:
-        choice = decode_hopper_candidates(head_dim, k_cache.dtype.itemsize)[0]
+        size = k_cache.dtype.itemsize
+        default = decode_hopper_candidates(head_dim, size)[0]
+        choice = choose(TUNED_AS, decode_key(head_dim, size), default)
     is_fused = plan.is_split and bool(choice["fused"])
     # The rings fill a multiprocessor: one program does what the plan gave to several.
     step = -(-plan.num_programs // _multiprocessors())

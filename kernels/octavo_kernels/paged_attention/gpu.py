@@ -10,14 +10,16 @@ from torch import Tensor
 
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import decode_kernel, numerics
+from octavo_kernels.paged_attention.decode_hopper import attend_decode_hopper, supports
 from octavo_kernels.paged_attention.gpu_plan import (
     DECODE_ROWS,
     AttentionPlan,
+    check_lengths,
     decode_choice,
     make_plan,
     padded,
 )
-from octavo_kernels.paged_attention.prefill_hopper import attend_prefill_fastest
+from octavo_kernels.paged_attention.prefill_hopper import attend_prefill_fastest, is_hopper
 from octavo_kernels.tuning import Choice
 
 __all__ = ["AttentionPlan", "kv_cache_shape", "make_plan", "paged_attention"]
@@ -26,6 +28,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
+_SHAPING = ("soft_cap", "alibi_slopes", "rel_bias")  # what the Hopper kernel does not do
 _FOLD_VALUES = 1024  # accumulator values that are folded at a time
 
 
@@ -100,7 +103,10 @@ def paged_attention(
     _check_options(
         soft_cap, num_heads, num_kv_heads, sinks, alibi_slopes, rel_bias, k_scale, v_scale
     )
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     num_requests, max_blocks = _check_tables(block_tables, seq_lens)
+    check_lengths(query_start_loc, seq_lens)
     if (k_scale is not None or v_scale is not None) and k_cache.dtype != FP8:
         raise ValueError(f"k_scale and v_scale need a {FP8} cache, got {k_cache.dtype}")
     if out is None:
@@ -122,13 +128,35 @@ def paged_attention(
         "rel_bias": rel_bias, "is_causal": is_causal, "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
     if plan.num_programs:
-        attend_decode(q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, **options)
+        attend_decode_fastest(
+            q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, **options
+        )
     if plan.tiles.shape[0]:
         attend_prefill_fastest(
             q, k_cache, v_cache, out, plan=plan, block_tables=block_tables,
             query_start_loc=query_start_loc, seq_lens=seq_lens, **options,
         )  # fmt: skip
     return out
+
+
+def attend_decode_fastest(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    *,
+    plan: AttentionPlan,
+    block_tables: Tensor,
+    **options: Any,
+) -> None:
+    """`attend_decode` with its arguments, by the Hopper kernel wherever that can run."""
+    asked: dict[str, Any] = {n: options[n] for n in _SHAPING if options.get(n) is not None}
+    is_causal = options.get("is_causal", True)
+    if is_hopper() and supports(q, k_cache, plan=plan, is_causal=is_causal, **asked):
+        rest = {name: value for name, value in options.items() if name not in _SHAPING}
+        attend_decode_hopper(q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, **rest)
+    else:
+        attend_decode(q, k_cache, v_cache, out, plan=plan, block_tables=block_tables, **options)
 
 
 def attend_decode(
@@ -212,8 +240,15 @@ def _check_caches(
         raise ValueError(
             f"caches of q {q_dtype} must be one of {allowed}, got {k_dtype} and {v_dtype}"
         )
+    if k_dtype == FP8 and not _has_fp8():
+        raise ValueError(f"a {FP8} cache needs a GPU of compute capability 8.9 or newer")
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of {num_kv_heads}, got {num_heads}")
+
+
+def _has_fp8() -> bool:
+    """Whether e4m3 can be converted here: by the current GPU, or by the interpreter."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
 
 
 def _check_strides(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -246,12 +281,20 @@ def _check_plan(
         plan.num_kv_heads,
         plan.head_dim,
         plan.sliding_window,
+        plan.cache_dtype,
     )
-    called_for = (num_requests, q.shape[1], k_cache.shape[1], q.shape[2], sliding_window)
+    called_for = (
+        num_requests,
+        q.shape[1],
+        k_cache.shape[1],
+        q.shape[2],
+        sliding_window,
+        k_cache.dtype,
+    )
     positions = max_blocks * k_cache.shape[2]
     if made_for != called_for or plan.max_seq_len > positions or plan.num_tokens > q.shape[0]:
         raise ValueError(
-            "the plan is for (requests, heads, kv heads, head size, window) "
+            "the plan is for (requests, heads, kv heads, head size, window, cache) "
             f"{made_for}, {plan.num_tokens} tokens and {plan.max_seq_len} positions, the call for "
             f"{called_for}, {q.shape[0]} and {positions}"
         )

@@ -58,6 +58,7 @@ class AttentionPlan:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    cache_dtype: torch.dtype
     sliding_window: int
     partition: int
     block_q: int
@@ -111,7 +112,7 @@ def make_plan(
     shared_partitions [R] int32: leading partitions whose partials another kernel computes.
     """
     num_requests = seq_lens.shape[0]
-    _check(query_start_loc, seq_lens, shared_partitions)
+    check_lengths(query_start_loc, seq_lens, shared_partitions)
     _check_sizes(num_heads, num_kv_heads, num_tokens, max_query_len, max_seq_len, sliding_window)
     group = num_heads // num_kv_heads
     partition, block_q = numerics.PARTITION, PREFILL_ROWS // group
@@ -137,7 +138,8 @@ def make_plan(
     plan = AttentionPlan(
         num_requests=num_requests, num_tokens=num_tokens, max_query_len=max_query_len,
         max_seq_len=max_seq_len, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        head_dim=head_dim, sliding_window=sliding_window, partition=partition, block_q=block_q,
+        head_dim=head_dim, cache_dtype=cache_dtype, sliding_window=sliding_window,
+        partition=partition, block_q=block_q,
         requests=ints(num_requests, 8), num_decoded=ints(1), programs=ints(num_programs + 1, 4),
         arrivals=ints(num_requests * num_kv_heads), partials_m=floats(partial_rows),
         partials_l=floats(partial_rows), partials=floats(partial_rows, padded(head_dim)),
@@ -161,6 +163,7 @@ def padded(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
+@functools.cache
 def decode_choice(head_dim: int, cache_dtype: torch.dtype) -> Choice:
     """How the decode kernel is launched, which decides no bits.
 
@@ -230,7 +233,8 @@ def _check_sizes(
         )
 
 
-def _check(query_start_loc: Tensor, seq_lens: Tensor, shared: Tensor | None) -> None:
+def check_lengths(query_start_loc: Tensor, seq_lens: Tensor, shared: Tensor | None = None) -> None:
+    """Raises ValueError for shapes, dtypes or strides that the kernels would misread."""
     num_requests = seq_lens.shape[0]
     if query_start_loc.shape != (num_requests + 1,) or seq_lens.dim() != 1:
         raise ValueError(

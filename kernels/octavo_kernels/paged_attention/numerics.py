@@ -60,8 +60,9 @@ def merge(m_a, l_a, acc_a, m_b, l_b, acc_b):
 def fold_sink(m, l, acc, sink):
     """Folds an attention sink [M] (a logit in base 2 with no value) after all partitions."""
     m_new = tl.maximum(m, sink)
-    a = tl.exp2(m - m_new)
-    return m_new, tl.fma(l, a, tl.exp2(sink - m_new)), acc * a[:, None]
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    a = tl.exp2(m - m_safe)
+    return m_new, tl.fma(l, a, tl.exp2(sink - m_safe)), acc * a[:, None]
 
 
 @triton.jit

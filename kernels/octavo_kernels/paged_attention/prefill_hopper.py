@@ -102,15 +102,14 @@ def attend_prefill_hopper(
 
     For what `supports` says. A block number beyond the cache reads as zeros or as another block.
     """
-    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
-    cache_rows = num_blocks * num_kv_heads * block_size
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
     tile = numerics.tile_size(head_dim)
     launch(
         prefill_hopper_kernel.attend_hopper,
         (min(_multiprocessors(), plan.tiles.shape[0] * num_kv_heads),),
         q, _descriptor(k_cache), _descriptor(v_cache), out, block_tables, query_start_loc,
         seq_lens, plan.tiles, plan.num_tiles, sinks,
-        scale, block_tables.stride(0), block_tables.shape[1] * block_size, cache_rows,
+        scale, block_tables.stride(0), block_tables.shape[1] * block_size, q.shape[0],
         N=plan.num_heads, K=num_kv_heads, H=head_dim, Q_STRIDE=q.stride(0), BLOCK=block_size,
         BLOCK_Q=plan.block_q, TILE=tile, PARTITION=plan.partition, CAUSAL=is_causal,
         WINDOW=plan.sliding_window, num_warps=4,

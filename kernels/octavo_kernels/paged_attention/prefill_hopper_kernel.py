@@ -65,10 +65,11 @@ def _tile(place, first_head, heads, num_tiles, tiles_ptr, K: gl.constexpr):
 
 
 @gluon.jit
-def _bounds(request, starts_ptr, lengths_ptr):
-    """A request's first row of q, the next one's, and its keys."""
-    start = gl.load(starts_ptr + request)
-    return start, gl.load(starts_ptr + request + 1), gl.load(lengths_ptr + request)
+def _bounds(request, starts_ptr, lengths_ptr, num_tokens):
+    """A request's first row of q and the next one's, held to [0, num_tokens]; its keys."""
+    start = gl.maximum(gl.load(starts_ptr + request), 0)
+    stop = gl.minimum(gl.load(starts_ptr + request + 1), num_tokens)
+    return start, stop, gl.load(lengths_ptr + request)
 
 
 @gluon.jit
@@ -90,14 +91,14 @@ def _item(first, start, stop, keys, max_keys, BLOCK_Q: gl.constexpr, TILE: gl.co
 
 
 @gluon.jit
-def _block_rows(table, tile, keys, head, no_row, K: gl.constexpr, TILE: gl.constexpr,
+def _block_rows(table, tile, keys, head, K: gl.constexpr, TILE: gl.constexpr,
                 BLOCK: gl.constexpr):  # fmt: skip
-    """First cache row of each block of a tile; a block past the keys gets no_row, which reads 0."""
+    """First cache row of each block of a tile; one past the keys gets a negative row: reads 0."""
     rows = ()
     for part in gl.static_range(TILE // BLOCK):
         block = tile * (TILE // BLOCK) + part
         number = gl.load(table + block, mask=block * BLOCK < keys, other=-1)
-        rows = rows + (gl.where(number < 0, no_row, (number * K + head) * BLOCK),)
+        rows = rows + (gl.where(number < 0, -BLOCK, (number * K + head) * BLOCK),)
     return rows
 
 
@@ -116,7 +117,7 @@ def _copy_tile(desc, smem, full, empty, rows, count, TILE: gl.constexpr, BLOCK: 
 @gluon.jit
 def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
              tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr, table_ptr, table_stride, max_keys,
-             no_row, K: gl.constexpr, BLOCK: gl.constexpr, BLOCK_Q: gl.constexpr,
+             num_tokens, K: gl.constexpr, BLOCK: gl.constexpr, BLOCK_Q: gl.constexpr,
              TILE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """The producer warp: K and V tiles of this program's items, in order."""
     num_tiles = gl.load(num_tiles_ptr)
@@ -126,7 +127,7 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
         return
     # what an item is takes two loads: each is started one item before it is needed
     request, first, head = _tile(gl.program_id(0), 0, heads, num_tiles, tiles_ptr, K)
-    start, stop, length = _bounds(request, starts_ptr, lengths_ptr)
+    start, stop, length = _bounds(request, starts_ptr, lengths_ptr, num_tokens)
     place, round, next_pass = _turn(1, 0, heads, num_tiles)
     next_request, next_first, next_head = _tile(place, next_pass, heads, num_tiles, tiles_ptr, K)
     this_pass = num_tiles * 0
@@ -135,14 +136,14 @@ def _produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
             first, start, stop, length, max_keys, BLOCK_Q, TILE, CAUSAL, WINDOW
         )
         table = table_ptr + request.to(gl.int64) * table_stride
-        rows = _block_rows(table, begin, keys, head, no_row, K, TILE, BLOCK)
-        start, stop, length = _bounds(next_request, starts_ptr, lengths_ptr)
+        rows = _block_rows(table, begin, keys, head, K, TILE, BLOCK)
+        start, stop, length = _bounds(next_request, starts_ptr, lengths_ptr, num_tokens)
         place, round, last_pass = _turn(round + 1, next_pass, heads, num_tiles)
         last_request, last_first, last_head = _tile(
             place, last_pass, heads, num_tiles, tiles_ptr, K
         )
         for tile in range(begin, end):
-            ahead = _block_rows(table, tile + 1, keys, head, no_row, K, TILE, BLOCK)
+            ahead = _block_rows(table, tile + 1, keys, head, K, TILE, BLOCK)
             _copy_tile(k_desc, k_smem, k_full, k_empty, rows, count, TILE, BLOCK)
             _copy_tile(v_desc, v_smem, v_full, v_empty, rows, count, TILE, BLOCK)
             rows = ahead
@@ -334,8 +335,8 @@ def _attend(q_smem, k_smem, v_smem, fold_smem, k_full, k_empty, v_full, v_empty,
 @gluon.jit
 def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
              k_full, k_empty, v_full, v_empty, tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr,
-             max_keys, scale, group: gl.constexpr, Q_STRIDE: gl.constexpr, N: gl.constexpr,
-             K: gl.constexpr, BLOCK_Q: gl.constexpr, PARTITION: gl.constexpr,
+             max_keys, num_tokens, scale, group: gl.constexpr, Q_STRIDE: gl.constexpr,
+             N: gl.constexpr, K: gl.constexpr, BLOCK_Q: gl.constexpr, PARTITION: gl.constexpr,
              CAUSAL: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """A consumer warpgroup: rows [64 * group, 64 * group + 64) of this program's items."""
     H: gl.constexpr = q_smem.shape[1]
@@ -353,7 +354,7 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     count = 0
     # what an item is takes two loads: each is started one item before it is needed
     request, first, head = _tile(gl.program_id(0), 0, heads, num_tiles, tiles_ptr, K)
-    start, stop, length = _bounds(request, starts_ptr, lengths_ptr)
+    start, stop, length = _bounds(request, starts_ptr, lengths_ptr, num_tokens)
     row, tokens, position, keys, begin, end = _item(
         first, start, stop, length, max_keys, BLOCK_Q, TILE, CAUSAL, WINDOW
     )
@@ -362,7 +363,7 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     request, first, next_head = _tile(place, next_pass, heads, num_tiles, tiles_ptr, K)
     this_pass = num_tiles * 0
     while this_pass < K:
-        start, stop, length = _bounds(request, starts_ptr, lengths_ptr)
+        start, stop, length = _bounds(request, starts_ptr, lengths_ptr, num_tokens)
         place, round, last_pass = _turn(round + 1, next_pass, heads, num_tiles)
         request, last_first, last_head = _tile(place, last_pass, heads, num_tiles, tiles_ptr, K)
         low, full_from = 0, 0
@@ -394,7 +395,7 @@ def _consume(q_ptr, out_ptr, sinks_ptr, q_smem, k_smem, v_smem, fold_smem,
     async_copy.wait_group(0)
 
 
-@gluon.jit(do_not_specialize=["table_stride", "max_keys", "no_row", "scale"])
+@gluon.jit(do_not_specialize=["table_stride", "max_keys", "num_tokens", "scale"])
 def attend_hopper(
     q_ptr,  # [T, N, H], rows Q_STRIDE elements apart
     k_desc, v_desc,  # cache [B, K, BLOCK, H] as [B * K * BLOCK, H], copied by blocks [BLOCK, H]
@@ -405,7 +406,7 @@ def attend_hopper(
     tiles_ptr,  # [capacity, 2] int32: request, first token
     num_tiles_ptr,  # [1] int32
     sinks_ptr,  # [N] float32, or None
-    scale, table_stride, max_keys, no_row,
+    scale, table_stride, max_keys, num_tokens,
     N: gl.constexpr, K: gl.constexpr, H: gl.constexpr, Q_STRIDE: gl.constexpr, BLOCK: gl.constexpr,
     BLOCK_Q: gl.constexpr, TILE: gl.constexpr, PARTITION: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr,  # 0, or keys that a token sees, itself included; needs CAUSAL
@@ -433,15 +434,15 @@ def attend_hopper(
         [
             (_consume, (q_ptr, out_ptr, sinks_ptr, q_smem.index(0), k_smem, v_smem,
                         fold_smem.index(0), k_full, k_empty, v_full, v_empty, tiles_ptr,
-                        num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, scale, 0, Q_STRIDE, N, K,
-                        BLOCK_Q, PARTITION, CAUSAL, WINDOW)),
+                        num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, num_tokens, scale, 0,
+                        Q_STRIDE, N, K, BLOCK_Q, PARTITION, CAUSAL, WINDOW)),
             (_consume, (q_ptr, out_ptr, sinks_ptr, q_smem.index(1), k_smem, v_smem,
                         fold_smem.index(1), k_full, k_empty, v_full, v_empty, tiles_ptr,
-                        num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, scale, 1, Q_STRIDE, N, K,
-                        BLOCK_Q, PARTITION, CAUSAL, WINDOW)),
+                        num_tiles_ptr, starts_ptr, lengths_ptr, max_keys, num_tokens, scale, 1,
+                        Q_STRIDE, N, K, BLOCK_Q, PARTITION, CAUSAL, WINDOW)),
             (_produce, (k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
                         tiles_ptr, num_tiles_ptr, starts_ptr, lengths_ptr, table_ptr, table_stride,
-                        max_keys, no_row, K, BLOCK, BLOCK_Q, TILE, CAUSAL, WINDOW)),
+                        max_keys, num_tokens, K, BLOCK, BLOCK_Q, TILE, CAUSAL, WINDOW)),
         ],
         [4, 1],
         [240, 24],

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from octavo_kernels.paged_attention.decode_hopper import (
+    HEAD_DIMS,
+    TUNED_AS,
+    attend_decode_hopper,
+    decode_hopper_candidates,
+)
 from octavo_kernels.paged_attention.gpu import attend_decode, kv_cache_shape
 from octavo_kernels.paged_attention.gpu_plan import decode_candidates, decode_key, make_plan
 from octavo_kernels.paged_attention.tunable_prefill import TUNABLES as PREFILL_TUNABLES
@@ -18,7 +25,9 @@ _CACHES = {2: torch.bfloat16, 1: torch.float8_e4m3fn}
 _SIZES = {decode_key(h, size): (h, size) for size in _CACHES for h in (128, 64, 256, 96)}
 
 
-def _make_decode(key: str, choice: Choice) -> Callable[[], Any]:
+def _make_decode(
+    key: str, choice: Choice, *, attend: Callable[..., None] = attend_decode
+) -> Callable[[], Any]:
     """One token a request: the time is that of reading all keys and values once."""
     head_dim, itemsize = _SIZES[key]
     num_blocks = _REQUESTS * _LENGTH // _BLOCK
@@ -42,14 +51,12 @@ def _make_decode(key: str, choice: Choice) -> Callable[[], Any]:
         num_kv_heads=_NUM_KV_HEADS,
         head_dim=head_dim,
         cache_dtype=_CACHES[itemsize],
-        per_sm=choice["per_sm"],
+        per_sm=choice.get("per_sm"),
     )
     scale = head_dim**-0.5
 
     def run() -> torch.Tensor:
-        attend_decode(
-            q, k_cache, v_cache, out, plan=plan, block_tables=tables, scale=scale, choice=choice
-        )
+        attend(q, k_cache, v_cache, out, plan=plan, block_tables=tables, scale=scale, choice=choice)
         return out
 
     return run
@@ -62,6 +69,13 @@ TUNABLES = (
         candidates=lambda key: decode_candidates(*_SIZES[key]),
         make=_make_decode,
         rotate=1,  # a set is far larger than L2
+    ),
+    Tunable(
+        op=TUNED_AS,
+        keys=tuple(key for key, (head_dim, _) in _SIZES.items() if head_dim in HEAD_DIMS),
+        candidates=lambda key: decode_hopper_candidates(*_SIZES[key]),
+        make=functools.partial(_make_decode, attend=attend_decode_hopper),
+        rotate=1,
     ),
     *PREFILL_TUNABLES,
 )
