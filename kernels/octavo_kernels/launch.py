@@ -25,6 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo_kernels import interpreted  # noqa: F401  (mends the interpreter)
+from octavo_kernels.device import can_overlap
 
 _KIND_OF_INT = ("i32", "i64")
 
@@ -45,7 +46,8 @@ class Launch:
     def key(self) -> tuple[Any, ...]:
         """Equal for two launches that share their machine code."""
         kinds = tuple(_kind(arg) for arg in self.args)
-        return self.name, kinds, tuple(sorted((k, repr(v)) for k, v in self.options.items()))
+        options = tuple(sorted((k, repr(v)) for k, v in self.options.items()))
+        return self.kernel.fn.__module__, self.name, kinds, options
 
     def compile(self) -> Any:
         """Compiles for the current device (or `compiling_for`), from the disk cache if it can."""
@@ -92,18 +94,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Runs kernel over grid with positional args and constexprs or launch options by name.
 
     An empty grid launches nothing. Products and sums are not contracted unless the caller says
-    `enable_fp_fusion=True`.
+    `enable_fp_fusion=True`. An early launch (`launch_pdl` and the kernel's constexpr PDL, which
+    are one choice) becomes a plain one where the GPU has none, and under the interpreter.
     """
     if 0 in grid:
         return
     options.setdefault("enable_fp_fusion", False)
+    if not can_overlap():
+        _make_plain(options)
     collected = _collected.get()
     if collected is not None:
         collected.append(Launch(kernel=kernel, args=args, options=options))
         return
     if isinstance(kernel, InterpretedFunction):
-        options.pop("launch_pdl", None)
+        _make_plain(options)
     kernel[grid](*args, **options)
+
+
+def _make_plain(options: dict[str, Any]) -> None:
+    if options.pop("launch_pdl", False):
+        options["PDL"] = False
 
 
 class _AbsentDevice:

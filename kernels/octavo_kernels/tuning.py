@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from octavo_kernels.device import is_hopper
+
 Choice = Mapping[str, int]
 _TABLES = Path(__file__).parent / "tuned"
 _KINDS = ("h100", "h200", "a100")
@@ -38,8 +40,7 @@ def table(kind: str) -> dict[str, dict[str, dict[str, int]]]:
     path = _TABLES / f"{kind}.json"
     if not path.exists():
         path = _TABLES / "h100.json"
-        hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability() == (9, 0)
-        if not (hopper and path.exists()):
+        if not (is_hopper() and path.exists()):
             return {}
     found: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())["choices"]
     return found

@@ -272,17 +272,24 @@ def test_large_batches_have_the_bits_of_single_rows(norm: Norm, dim: int) -> Non
     assert same_bits(norm(x[order], weight, eps=1e-6), whole[order])
 
 
-@pytest.mark.gpu
-def test_dependent_launches_give_the_same_bits() -> None:
-    weight = normal(4096, dtype=torch.bfloat16, seed=1)
+@pytest.mark.parametrize(
+    ("num_rows", "dim", "length"), [(3, 64, 2), pytest.param(300, 4096, 20, marks=pytest.mark.gpu)]
+)
+def test_dependent_launches_give_the_same_bits(num_rows: int, dim: int, length: int) -> None:
+    weight = normal(dim, dtype=torch.bfloat16, seed=1)
 
     def chain(use_pdl: bool) -> Tensor:
-        x = normal(300, 8192, dtype=torch.bfloat16)
-        residual = torch.zeros(300, 4096, device=DEVICE, dtype=torch.bfloat16)
-        for _ in range(20):
+        x = normal(num_rows, 2 * dim, dtype=torch.bfloat16)
+        residual = torch.zeros(num_rows, dim, device=DEVICE, dtype=torch.bfloat16)
+        for _ in range(length):
             half = silu_mul(x, use_pdl=use_pdl)
             y = rms_norm(half, weight, eps=1e-6, residual=residual, use_pdl=use_pdl)
+            y = layer_norm(y, weight, weight, eps=1e-6, use_pdl=use_pdl)
             x = torch.cat([y, residual], dim=1)
         return x
 
     assert same_bits(chain(True), chain(False))
+    early, plain = (rotary_inputs(3, dtype=torch.float16, fp8=False) for _ in range(2))
+    q = rotary_kv_write(**early, use_pdl=True)
+    assert same_bits(q, rotary_kv_write(**plain))
+    assert same_bits(early["k_cache"], plain["k_cache"])

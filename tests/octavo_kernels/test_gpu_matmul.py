@@ -232,11 +232,13 @@ def test_a_fused_gate_has_the_bits_of_product_and_gate(activation: Any) -> None:
             assert same_bits(fused, apart), f"T={num_rows}"
 
 
-@pytest.mark.gpu
-def test_a_chain_of_early_launches_has_the_same_bits() -> None:
-    x, first, second = _normal(16, 4096), _normal(4096, 4096, seed=1), _normal(4096, 4096, seed=2)
+@pytest.mark.parametrize(
+    ("num_rows", "k", "times"), [(3, 128, 1), pytest.param(16, 4096, 20, marks=pytest.mark.gpu)]
+)
+def test_a_chain_of_early_launches_has_the_same_bits(num_rows: int, k: int, times: int) -> None:
+    x, first, second = _normal(num_rows, k), _normal(k, k, seed=1), _normal(k, k, seed=2)
     want = linear(linear(x, first / 64), second)
-    for _ in range(20):
+    for _ in range(times):
         got = linear(linear(x, first / 64, use_pdl=True), second, use_pdl=True)
         assert same_bits(got, want)
 

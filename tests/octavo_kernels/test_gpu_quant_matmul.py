@@ -3,6 +3,7 @@
 Runs in Triton's interpreter; on a GPU the sizes grow and the matrix unit's own order is tested.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -239,6 +240,23 @@ def _check_tiles(
 
 
 # -- the rest of the contract --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("quantised", [False, True])
+def test_half_precision_scales_are_widened(name: str, quantised: bool) -> None:
+    packed, x = PACKS[name](normal(150, 256)), normal(3, 256).to(torch.bfloat16)
+    half = packed.scale.half()
+    got, want = (
+        gpu.quant_matmul(
+            x,
+            dataclasses.replace(packed, scale=scale),
+            quantise_activations=quantised,
+            out_dtype=torch.float32,
+        )
+        for scale in (half, half.float())
+    )
+    assert same_bits(got, want)
 
 
 def test_a_residual_may_be_the_output() -> None:

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from octavo_kernels import compiling
+from octavo_kernels import compiling, device
 from octavo_kernels.launch import Launch, collecting, launch
 from octavo_kernels.testing import gpu_device
 
@@ -79,6 +79,39 @@ def test_the_key_is_what_is_compiled() -> None:
     ]
     assert len({key, *(launch.key for launch in other)}) == 5
     assert compiling.distinct([*other, *other]) == other
+
+
+def test_early_launches_become_plain_where_the_gpu_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.empty(3, 8, device="meta")
+    early = {"launch_pdl": True, "PDL": True}
+    assert collected(x, **early).options.items() >= early.items()
+    monkeypatch.setattr("octavo_kernels.launch.can_overlap", lambda: False)
+    options = collected(x, **early).options
+    assert options["PDL"] is False and "launch_pdl" not in options
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_hopper", "can_overlap"),
+    [((8, 0), False, False), ((9, 0), True, True), ((10, 0), False, True), (None, True, True)],
+)
+def test_a_gpu_is_what_its_capability_says(
+    capability: tuple[int, int] | None,
+    is_hopper: bool,
+    can_overlap: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    functions: list[Any] = [device.capability, device.is_hopper, device.can_overlap]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    for function in functions:
+        function.cache_clear()
+    try:
+        assert (device.is_hopper(), device.can_overlap()) == (is_hopper, can_overlap)
+    finally:
+        for function in functions:
+            function.cache_clear()
 
 
 def test_interpreted_kernels_are_not_compiled() -> None:

@@ -76,7 +76,10 @@ def _copy(
     )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _table(addresses: tuple[int, ...], device: str) -> Tensor:
-    """Addresses on the device; kept, because an engine's caches stay where they are."""
+    """Addresses on the device; kept for good, because a CUDA graph may read them again.
+
+    An engine's caches stay where they are: there are as many tables as kinds of cache.
+    """
     return torch.tensor(addresses, dtype=torch.int64, device=device)

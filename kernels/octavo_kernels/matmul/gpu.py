@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo_kernels.device import is_hopper, num_multiprocessors
 from octavo_kernels.launch import launch
 from octavo_kernels.matmul import cublas
 from octavo_kernels.matmul.gpu_hopper import by_hopper_tile, hopper_shared_bytes, runs_on_hopper
@@ -169,7 +170,7 @@ def default_tile(n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool) -
     if bucket <= 256:
         small = columns * bucket < 132 * 64 * 128 * 2  # fewer tiles than two a multiprocessor
         return make_tile(64, block // 2 if small else block, 64, warps=4, stages=4)
-    if not _is_hopper():
+    if not is_hopper():
         return make_tile(128, block, 32, warps=8, stages=3)
     return make_tile(128, block * 2, 64, warps=8, stages=3, tma=1)
 
@@ -255,12 +256,7 @@ def by_tile(
 def _is_for_copy_engine(tensor: Tensor) -> bool:
     """Whether Hopper's copy engine can fetch tiles of tensor [R, K]."""
     row_bytes = tensor.shape[1] * tensor.element_size()
-    return row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0 and _is_hopper()
-
-
-@functools.cache
-def _is_hopper() -> bool:
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+    return row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0 and is_hopper()
 
 
 def _parts(size: int, block: int) -> int:
@@ -282,14 +278,7 @@ def shared_bytes(tile: Choice, gated: bool) -> int:
 def _num_programs(tile: Choice, gated: bool) -> int:
     """How many programs of a kernel whose programs stay are on the GPU at once."""
     two = tile["num_warps"] <= 4 and 2 * shared_bytes(tile, gated) <= SHARED_BYTES
-    return (2 if two else 1) * _num_multiprocessors()
-
-
-@functools.cache
-def _num_multiprocessors() -> int:
-    if not torch.cuda.is_available():
-        return 132
-    return int(torch.cuda.get_device_properties().multi_processor_count)
+    return (2 if two else 1) * num_multiprocessors()
 
 
 @functools.cache

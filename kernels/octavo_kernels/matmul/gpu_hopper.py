@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo_kernels.device import is_hopper, num_multiprocessors
 from octavo_kernels.launch import launch
 from octavo_kernels.matmul.gpu_hopper_kernel import WGMMA_ROWS, linear_hopper_kernel
 from octavo_kernels.tuning import Choice
@@ -46,9 +47,9 @@ def runs_on_hopper(x: Tensor, weight: Tensor) -> bool:
     if x.dtype not in _DTYPES or x.shape[1] * x.element_size() % 16:
         return False
     if x.device.type == "meta":
-        return True
+        return is_hopper()
     aligned = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return x.is_cuda and aligned and torch.cuda.get_device_capability(x.device)[0] == 9
+    return x.is_cuda and aligned and is_hopper()
 
 
 def by_hopper_tile(
@@ -71,7 +72,7 @@ def by_hopper_tile(
     tiles = -(-num_rows // tile["BLOCK_M"]) * -(-n // width)
     launch(
         linear_hopper_kernel,
-        (min(tiles, tile["HOPPER"] * _multiprocessors()),),
+        (min(tiles, tile["HOPPER"] * num_multiprocessors()),),
         _descriptor(x, tile["BLOCK_M"], block_k),
         _descriptor(weight, rows & -rows, block_k),
         bias,
@@ -105,11 +106,3 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 @functools.cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])
-
-
-@functools.cache
-def _multiprocessors() -> int:
-    """Of the current GPU; an H100's where there is none."""
-    if not torch.cuda.is_available():
-        return 132
-    return int(torch.cuda.get_device_properties().multi_processor_count)

@@ -9,7 +9,6 @@ of the weight or more.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from octavo_kernels.device import capability
 from octavo_kernels.launch import launch
 from octavo_kernels.quant_matmul.quantise_kernel import quantise_rows
 from octavo_kernels.quant_matmul.w4a16_kernel import w4a16
@@ -191,11 +191,6 @@ def _check_input(x: Tensor | QuantActivations, weight: QuantWeight) -> None:
         raise ValueError(f"x is on {data.device}, the weight [{n}, {k}] on {weight.data.device}")
 
 
-@functools.cache
-def _has_fp8_products(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def _launch(
     x: Tensor | QuantActivations,
     weight: QuantWeight,
@@ -206,7 +201,7 @@ def _launch(
     num_groups = weight.data.shape[0]
     wgmma = options["BLOCK_N"] >= 64 and options["num_warps"] >= 4 and not options["X_FIRST"]
     if isinstance(x, QuantActivations) and weight.kind == "fp8":
-        if not _has_fp8_products(weight.data.device):
+        if capability() < (8, 9):
             raise ValueError("this GPU multiplies no fp8: give float activations")
         if not wgmma:
             raise ValueError(f"fp8 activations need 64 rows of weight first, got {options}")

@@ -19,7 +19,7 @@ def w8a8(
     x_ptr,  # [T, G, 128] e4m3 or int8, interleaved like the weight
     x_scale_ptr,  # [T, 1 or G] fp32
     codes_ptr,  # [G, N, 128] as x
-    scale_ptr,  # [S, ceil(N / ROWS)] fp32, S = 1 or G
+    scale_ptr,  # [S, ceil(N / ROWS)] float, S = 1 or G
     bias_ptr,  # [N] or None
     residual_ptr,  # [T, N] or None
     out_ptr,  # [T, N]
@@ -48,7 +48,7 @@ def w8a8(
     code_ptrs = codes_ptr + offsets(n_in, j, 128, X_FIRST)
     scale_ptrs = scale_ptr + n_in // ROWS
     x_scale_ptrs = x_scale_ptr + (row * NUM_G if GROUPED else row)
-    scale, x_scale = tl.load(scale_ptrs), tl.load(x_scale_ptrs)
+    scale, x_scale = tl.load(scale_ptrs).to(tl.float32), tl.load(x_scale_ptrs)
     sums = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.int32)
     acc = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.float32)
     for g in range(0, NUM_G, UNROLL):
@@ -63,7 +63,7 @@ def w8a8(
                 if GROUPED:
                     factor = factor * over_m(x_scale, X_FIRST)
                     later = tl.minimum(g + u + 1, NUM_G - 1)
-                    scale = tl.load(scale_ptrs + later * NUM_SCALES)
+                    scale = tl.load(scale_ptrs + later * NUM_SCALES).to(tl.float32)
                     x_scale = tl.load(x_scale_ptrs + later)
                 part = zero_tile(BLOCK_N, BLOCK_M, X_FIRST, tl.float32)
                 part = product(codes, x, part, X_FIRST)
