@@ -386,6 +386,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not todo:
         _say("nothing to tune: no key fits")
         return 2
+    for prepare in {tunable.prepare for tunable, _ in todo if tunable.prepare}:
+        prepare()
     return _tune(todo, arguments)
 
 

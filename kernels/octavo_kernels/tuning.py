@@ -66,7 +66,8 @@ class Tunable:
     is seeded before) and returns the launch to time, which returns what it computed, so that its
     bits can be compared with the default's. `make` reads no tensor's value: it is also called with
     every tensor on the device "meta", to find what there is to compile. `rotate` asks for up to so
-    many input sets in turn, as many as it takes for weights or caches to be cold in L2.
+    many input sets in turn, as many as it takes for weights or caches to be cold in L2. `prepare`,
+    if given, is called once in a process that will measure, before it first uses the GPU.
     """
 
     op: str
@@ -74,3 +75,4 @@ class Tunable:
     candidates: Callable[[str], Iterable[Choice]]
     make: Callable[[str, Choice], Callable[[], Any]]
     rotate: int = 1
+    prepare: Callable[[], None] | None = None

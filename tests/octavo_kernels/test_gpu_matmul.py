@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo_kernels import embedding as embedding_op
 from octavo_kernels.embedding.gpu import embedding
 from octavo_kernels.launch import collecting
-from octavo_kernels.matmul import cublas
+from octavo_kernels.matmul import cublas, gpu
 from octavo_kernels.matmul.gpu import (
     BUCKETS,
     SHARED_BYTES,
@@ -185,6 +185,25 @@ def test_cublas_is_refused_once_it_is_too_late(monkeypatch: pytest.MonkeyPatch) 
         cublas.hold_to_same_bits()
 
 
+def test_cublas_runs_only_what_was_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = (torch.empty(rows, 256, dtype=torch.float16) for rows in (300, 96))
+    monkeypatch.setattr(gpu, "_CUBLAS_ALIGNMENT", 1)
+    monkeypatch.setattr(gpu, "_is_faster_by_cublas", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    def takes(x: Tensor = x, dtype: torch.dtype = torch.float16) -> bool:
+        return gpu._takes_cublas(x, weight, torch.empty(len(x), 96, dtype=dtype), False)
+
+    assert not takes()
+    monkeypatch.setattr(gpu, "_proven", {(x.device, 96, 256, torch.float16): {300}})
+    assert takes()
+    assert not takes(x[:299]), "another number of rows"
+    assert not takes(dtype=torch.float32)
+    elsewhere = {(torch.device("cuda", 1), 96, 256, torch.float16): {300}}
+    monkeypatch.setattr(gpu, "_proven", elsewhere)
+    assert not takes(), "another device"
+
+
 def test_embedding_dispatches_by_device_and_refuses() -> None:
     weight = torch.empty(4, 3)
     with pytest.raises(ValueError, match="no kernel"):
@@ -259,7 +278,7 @@ for dtype in (torch.bfloat16, torch.float16):
         print(f"{dtype} {n}x{k} T={count} differs")
 x, weight = torch.randn(300, 256, device="cuda").half(), torch.randn(96, 256, device="cuda").half()
 bias, residual = weight[:, 0].contiguous(), torch.randn(300, 96, device="cuda").half()
-assert not prove_cublas([(96, 256)], torch.float16)
+assert not prove_cublas([(96, 256)], torch.float16, rows=(300,))
 want = linear(x, weight, bias=bias, residual=residual)
 got = by_cublas(x, weight, bias=bias, residual=residual, out=torch.empty_like(residual))
 assert same_bits(got, want), "fused extras"

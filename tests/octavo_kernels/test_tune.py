@@ -158,13 +158,15 @@ def test_a_run_keeps_each_key_as_it_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     choices = [{"size": 1}, {"size": 2}, {"size": 4}]
+    measured: list[tuple[str, list[Any]]] = []
+    prepared: list[int] = []  # keys measured before
     fake = Tunable(
         op="op",
         keys=("a 1", "b 1", "b 2"),
         candidates=lambda _: choices,
         make=lambda key, choice: lambda: None,
+        prepare=lambda: prepared.append(len(measured)),
     )
-    measured: list[tuple[str, list[Any]]] = []
 
     def measure(tunable: Tunable, key: str, left: Any) -> list[Trial]:
         measured.append((key, list(left)))
@@ -182,6 +184,7 @@ def test_a_run_keeps_each_key_as_it_is_measured(
     with pytest.raises(RuntimeError, match="gone"):
         tune.main(arguments)
     assert measured == [("a 1", choices[:2]), ("b 1", choices), ("b 2", choices)]
+    assert prepared == [0]
     kept = {"op": {"a 1": {"size": 2}, "b 1": {"size": 4}}}
     assert json.loads(out.read_text())["choices"] == kept
     assert len(log.read_text().splitlines()) == 6

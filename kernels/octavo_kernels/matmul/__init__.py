@@ -26,6 +26,9 @@ from octavo_kernels.simd import LANES
 __all__ = ["PackedWeight", "gather_rows", "kernels", "matmul", "pack_rows_", "unpack", "warm"]
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Packed weights are the CPU's; a GPU's are plain tensors.
+_HAVE = ("cpu", "and for cuda octavo_kernels.matmul.gpu.linear")
+_HAVE_ROWS = ("cpu", "and for cuda octavo_kernels.embedding.gpu.embedding")
 # Multiply-adds below which waking another thread costs more than it gains.
 _ALONE = 60_000
 # Few and long parts: a tile asks for its next panel ahead, in vain if another core takes it
@@ -83,7 +86,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _refusal(name: str, tensor: Tensor, shape: Sequence[int | str]) -> ValueError:
     if not tensor.is_cpu:
-        return no_kernel("matmul", tensor)
+        return no_kernel("matmul", tensor, have=_HAVE)
     return ValueError(
         f"matmul needs {name} contiguous float32 {list(shape)}, got"
         f" {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
@@ -97,7 +100,7 @@ def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     dtype; ids out of range are the caller's error and are checked (a negative id does not wrap).
     """
     if not ids.is_cpu:
-        raise no_kernel("gather_rows", ids)
+        raise no_kernel("gather_rows", ids, have=_HAVE_ROWS)
     if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"gather_rows needs ids [T] int32 or int64, got {ids.dtype} {list(ids.shape)}"

@@ -47,8 +47,6 @@ def is_held() -> bool:
     return _held
 
 
-def product(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """x [T, K] @ weight [N, K]^T -> [T, N], all of one dtype."""
-    if out is None:
-        return torch.nn.functional.linear(x, weight)
+def product(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """x [T, K] @ weight [N, K]^T into out [T, N], all of one dtype."""
     return torch.mm(x, weight.t(), out=out)

@@ -20,6 +20,7 @@ from octavo_kernels.matmul import cublas
 from octavo_kernels.matmul.gpu_hopper import by_hopper_tile, hopper_shared_bytes, runs_on_hopper
 from octavo_kernels.matmul.gpu_kernel import finish_kernel, gated_linear_kernel, linear_kernel
 from octavo_kernels.matmul.gpu_tma_kernel import gated_linear_tma_kernel, linear_tma_kernel
+from octavo_kernels.testing import same_bits
 from octavo_kernels.tuning import Choice, choose
 
 Activation = Literal["silu_mul", "gelu_tanh_mul"]
@@ -33,8 +34,10 @@ BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 EAGER_CUBLAS_ROWS = 1024
 _FINISH_BLOCK = 1024
 SHARED_BYTES = 227 * 1024  # of a multiprocessor of Hopper
-# (N, K, dtype) for which this process has seen cuBLAS give the tiles' bits
-_proven: set[tuple[int, int, torch.dtype]] = set()
+# cuBLAS chooses an algorithm by what its operands' addresses are multiples of, up to this.
+_CUBLAS_ALIGNMENT = 256
+# Numbers of rows at which this process has seen cuBLAS give the tiles' bits, for weights [N, K]
+_proven: dict[tuple[torch.device, int, int, torch.dtype], set[int]] = {}
 
 
 class _Extras(TypedDict):
@@ -75,7 +78,7 @@ def linear(
         return out
     is_gated = activation is not None
     extras: _Extras = {"bias": bias, "residual": residual, "activation": activation, "out": out}
-    if _takes_cublas(x, n, out.dtype, is_gated):
+    if _takes_cublas(x, weight, out, is_gated):
         return by_cublas(x, weight, **extras)
     tile = tile_for(n, k, x.dtype, num_rows, gated=is_gated)
     return by_tile(x, weight, tile, use_pdl=use_pdl, **extras)
@@ -288,12 +291,14 @@ def _is_faster_by_cublas(n: int, k: int, dtype: torch.dtype, bucket: int, gated:
     return bool(choose(op, tuned_key(n, k, dtype, bucket), default)["cublas"])
 
 
-def _takes_cublas(x: Tensor, n: int, out_dtype: torch.dtype, gated: bool) -> bool:
+def _takes_cublas(x: Tensor, weight: Tensor, out: Tensor, gated: bool) -> bool:
     num_rows, k = x.shape
-    dtype = x.dtype
-    if (n, k, dtype) not in _proven or out_dtype != dtype:
+    n, dtype = weight.shape[0], x.dtype
+    if num_rows not in _proven.get((x.device, n, k, dtype), ()) or out.dtype != dtype:
         return False
     if not _is_faster_by_cublas(n, k, dtype, bucket_of(num_rows), gated):
+        return False
+    if any(tensor.data_ptr() % _CUBLAS_ALIGNMENT for tensor in (x, weight, out)):
         return False
     return num_rows >= EAGER_CUBLAS_ROWS or torch.cuda.is_current_stream_capturing()
 
@@ -307,10 +312,11 @@ def by_cublas(
     activation: str | None = None,
     out: Tensor,
 ) -> Tensor:
-    """`linear` by cuBLAS and what follows; the same bits as a tile's for a proven shape."""
+    """`linear` by cuBLAS and what follows; the same bits as a tile's for a proven shape and T."""
     if bias is None and residual is None and activation is None:
         return cublas.product(x, weight, out=out)
-    product = cublas.product(x, weight)
+    product = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    cublas.product(x, weight, out=product)
     return finish(product, bias=bias, residual=residual, activation=activation, out=out)
 
 
@@ -350,8 +356,10 @@ def prove_cublas(
     """Lets `linear` use cuBLAS for weights [N, K] of dtype wherever its bits are the tiles' bits.
 
     Compares every element over random inputs at each number of rows; waits for the GPU, and is
-    for the start of a process. Returns (N, K, rows) where the bits differ: such a shape stays
-    with the tiles. Raises RuntimeError unless `cublas.hold_to_same_bits` came first.
+    for the start of a process. What cuBLAS runs may change with any of these, so it serves only
+    the current device and the numbers of rows given: those of CUDA graphs, and of a full step.
+    Returns (N, K, rows) where the bits differ, which stay with the tiles. Raises RuntimeError
+    unless `cublas.hold_to_same_bits` came first.
     """
     if not cublas.is_held():
         raise RuntimeError("prove_cublas comes after cublas.hold_to_same_bits()")
@@ -361,15 +369,14 @@ def prove_cublas(
     for n, k in shapes:
         weight = torch.randn(n, k, dtype=dtype, device="cuda", generator=generator)
         x = torch.randn(most, k, dtype=dtype, device="cuda", generator=generator)
-        bad = [(n, k, count) for count in rows if not _agrees(x[:count], weight)]
-        differing += bad
-        if not bad:
-            _proven.add((n, k, dtype))
+        good = {count for count in rows if _agrees(x[:count], weight)}
+        differing += [(n, k, count) for count in rows if count not in good]
+        _proven.setdefault((x.device, n, k, dtype), set()).update(good)
     return differing
 
 
 def _agrees(x: Tensor, weight: Tensor) -> bool:
     n, k = weight.shape
-    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-    by_tile(x, weight, tile_for(n, k, x.dtype, x.shape[0], gated=False), out=out)
-    return torch.equal(out, cublas.product(x, weight))
+    want, got = (torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device) for _ in range(2))
+    by_tile(x, weight, tile_for(n, k, x.dtype, x.shape[0], gated=False), out=want)
+    return same_bits(by_cublas(x, weight, out=got), want)

@@ -1,9 +1,9 @@
 """What to measure of linear: tiles for decode and prefill, and where cuBLAS is faster yet.
 
-Importing it holds cuBLAS to the same bits for the whole process, which is why a server does not.
-Tiles first; then, in another process, the two ops named cublas, which measure cuBLAS against the
-tiles of the table. The calls timed follow one another in a graph, on weights of their own, so that
-an early launch ("PDL": 1) shows what it gains: the next one's weights come while one ends.
+Tiles first; then, in another process, the two ops named cublas, which measure cuBLAS, held to the
+same bits, against the tiles of the table. The calls timed follow one another in a graph, on weights
+of their own, so that an early launch ("PDL": 1) shows what it gains: the next one's weights come
+while one ends.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ from octavo_kernels.matmul.gpu import (
 )
 from octavo_kernels.matmul.gpu_hopper import hopper_shared_bytes, make_hopper_tile
 from octavo_kernels.tuning import Choice, Tunable
-
-if torch.cuda.is_available() and not cublas.is_too_late():
-    cublas.hold_to_same_bits()
 
 _SHAPES_8B = ((6144, 4096), (4096, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 _SHAPES_SMALL = ((4096, 1024), (1024, 2048), (1024, 3072), (6144, 1024), (151936, 1024))
@@ -242,6 +239,7 @@ def _cublas_tunable(gated: bool) -> Tunable:
         op="gated_linear_cublas" if gated else "linear_cublas",
         keys=_keys(gated, BUCKETS[3:]),
         candidates=lambda key: ({"cublas": 0}, {"cublas": 1}),
+        prepare=cublas.hold_to_same_bits,
         make=lambda key, choice: _make(key, choice, gated),
         rotate=_ROTATE,
     )
