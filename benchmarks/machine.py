@@ -78,8 +78,8 @@ def passport() -> dict[str, Any]:
 
 
 def keep_row(name: str, row: Mapping[str, Any]) -> None:
-    """Appends a row to ``results/<cpu>/<name>.jsonl``. ``row`` holds its `passport`."""
-    folder = re.sub(r"\W+", "_", str(row["cpu"])).strip("_")
+    """Appends a row, which holds its `passport`, to ``results/<GPU or else CPU>/<name>.jsonl``."""
+    folder = re.sub(r"\W+", "_", str(row.get("gpu", row["cpu"]))).strip("_")
     path = Path(__file__).resolve().parent / "results" / folder / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
