@@ -111,6 +111,10 @@ class Scene:
         return self.ints(p for new, all_ in lengths for p in range(all_ - new, all_))
 
 
+# Plain launches and early ones, which are other kernels: a step's first has nothing to overlap.
+_EARLY = (False, True)
+
+
 def _block_copy(scene: Scene) -> None:
     from octavo_kernels.block_copy import gpu
 
@@ -122,8 +126,10 @@ def _embedding(scene: Scene) -> None:
 
     shape = scene.shape
     weight = scene.activations(shape.vocab, shape.hidden)
-    gpu.embedding(scene.ints([0] * scene.batch.num_tokens), weight)
-    gpu.embedding(scene.ints([0] * scene.batch.num_tokens), weight, scale=2.0)
+    for dtype in (torch.int32, torch.int64):
+        ids = scene.ints([0] * scene.batch.num_tokens, dtype)
+        gpu.embedding(ids, weight)
+        gpu.embedding(ids, weight, scale=2.0)
 
 
 def _matmul(scene: Scene) -> None:
@@ -141,19 +147,22 @@ def _matmul(scene: Scene) -> None:
     back = scene.activations(shape.hidden, heads)
     down = scene.activations(shape.hidden, shape.ffn)
     head = scene.activations(shape.vocab, shape.hidden)
-    gpu.linear(x, qkv, bias=bias)
-    for y, weight in ((attended, back), (gated, down)):
-        gpu.linear(y, weight)
-        gpu.linear(y, weight, residual=residual)
-    gpu.linear(x, gate_up)
-    product = gpu.linear(x, gate_up, activation=shape.gate)  # type: ignore[arg-type]
-    gpu.linear(x[: scene.batch.num_requests], head, out_dtype=torch.float32)
+    for use_pdl in _EARLY:
+        linear = functools.partial(gpu.linear, use_pdl=use_pdl)
+        linear(x, qkv, bias=bias)
+        for y, weight in ((attended, back), (gated, down)):
+            linear(y, weight)
+            linear(y, weight, residual=residual)
+        linear(x, gate_up)
+        product = linear(x, gate_up, activation=shape.gate)  # type: ignore[arg-type]
+        linear(x[: scene.batch.num_requests], head, out_dtype=torch.float32)
     # What follows cuBLAS, which takes over where it is faster and proven.
     gpu.finish(residual, residual=x, out=residual)
     gpu.finish(scene.activations(tokens, 2 * shape.ffn), activation=shape.gate, out=product)
     if bias is not None:
         wide = scene.activations(tokens, shape.qkv_width)
         gpu.finish(wide, bias=bias, out=wide)
+        gpu.finish(residual, bias=scene.activations(shape.hidden), residual=x, out=residual)
 
 
 def _layer_norm(scene: Scene) -> None:
@@ -162,8 +171,10 @@ def _layer_norm(scene: Scene) -> None:
     if scene.shape.norm == "layer_norm":
         x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
         weight = scene.activations(scene.shape.hidden)
-        gpu.layer_norm(x, weight, weight, eps=1e-5)
-        gpu.layer_norm(x, weight, weight, eps=1e-5, residual=x.clone())
+        for use_pdl in _EARLY:
+            norm = functools.partial(gpu.layer_norm, eps=1e-5, use_pdl=use_pdl)
+            norm(x, weight, weight)
+            norm(x, weight, weight, residual=x.clone())
 
 
 def _packed_attention(scene: Scene) -> None:
@@ -306,8 +317,10 @@ def _rms_norm(scene: Scene) -> None:
         x = scene.activations(scene.batch.num_tokens, scene.shape.hidden)
         weight = scene.activations(scene.shape.hidden)
         offset = float(scene.shape.norm_offset)
-        gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset)
-        gpu.rms_norm(x, weight, eps=1e-5, weight_offset=offset, residual=x.clone())
+        for use_pdl in _EARLY:
+            norm = functools.partial(gpu.rms_norm, eps=1e-5, weight_offset=offset, use_pdl=use_pdl)
+            norm(x, weight)
+            norm(x, weight, residual=x.clone())
 
 
 def _rotary_kv_write(scene: Scene) -> None:
@@ -318,22 +331,24 @@ def _rotary_kv_write(scene: Scene) -> None:
     norms = (scene.activations(shape.head_dim) for _ in range(2))
     q_norm, k_norm = norms if shape.has_qk_norm else (None, None)
     table = scene.floats(max(batch.seq_lens), shape.turned // 2)
-    gpu.rotary_kv_write(
-        scene.activations(batch.num_tokens, shape.qkv_width),
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        positions=scene.positions(),
-        cos=table,
-        sin=table,
-        slots=scene.positions(),
-        k_cache=k_cache,
-        v_cache=v_cache,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        weight_offset=float(shape.norm_offset),
-        **scene.cache_scales(),
-    )
+    for use_pdl in _EARLY:
+        gpu.rotary_kv_write(
+            scene.activations(batch.num_tokens, shape.qkv_width),
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            positions=scene.positions(),
+            cos=table,
+            sin=table,
+            slots=scene.positions(),
+            k_cache=k_cache,
+            v_cache=v_cache,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            weight_offset=float(shape.norm_offset),
+            use_pdl=use_pdl,
+            **scene.cache_scales(),
+        )
 
 
 def _sampling(scene: Scene) -> None:
@@ -369,7 +384,8 @@ def _silu_mul(scene: Scene) -> None:
     from octavo_kernels.silu_mul import gpu
 
     x = scene.activations(scene.batch.num_tokens, 2 * scene.shape.ffn)
-    getattr(gpu, scene.shape.gate)(x)
+    for use_pdl in _EARLY:
+        getattr(gpu, scene.shape.gate)(x, use_pdl=use_pdl)
 
 
 RUNS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
