@@ -101,16 +101,12 @@ def paged_attention(
     )
     _check_strides(q, k_cache, v_cache)
     _check_options(
-        soft_cap, num_heads, num_kv_heads, sinks, alibi_slopes, rel_bias, k_scale, v_scale
+        scale, soft_cap, num_heads, num_kv_heads, sinks, alibi_slopes, rel_bias, k_scale, v_scale
     )
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    num_requests, max_blocks = _check_tables(block_tables, seq_lens)
-    check_lengths(query_start_loc, seq_lens)
+    num_requests, max_blocks = _check_tables(block_tables, query_start_loc, seq_lens)
     if (k_scale is not None or v_scale is not None) and k_cache.dtype != FP8:
         raise ValueError(f"k_scale and v_scale need a {FP8} cache, got {k_cache.dtype}")
-    if out is None:
-        out = q.new_empty(num_tokens, num_heads * head_dim)
+    out = q.new_empty(num_tokens, num_heads * head_dim) if out is None else out
     _check_out(out, q)
     if 0 in (num_tokens, num_requests, max_blocks, k_cache.shape[0]):
         return out.zero_()
@@ -300,8 +296,11 @@ def _check_plan(
         )
 
 
-def _check_tables(block_tables: Tensor, seq_lens: Tensor) -> tuple[int, int]:
+def _check_tables(
+    block_tables: Tensor, query_start_loc: Tensor, seq_lens: Tensor
+) -> tuple[int, int]:
     num_requests, max_blocks = block_tables.shape
+    check_lengths(query_start_loc, seq_lens)
     if seq_lens.shape != (num_requests,):
         raise ValueError(
             f"{num_requests} block tables need as many seq_lens, got {tuple(seq_lens.shape)}"
@@ -315,6 +314,7 @@ def _check_tables(block_tables: Tensor, seq_lens: Tensor) -> tuple[int, int]:
 
 
 def _check_options(
+    scale: float,
     soft_cap: float,
     num_heads: int,
     num_kv_heads: int,
@@ -324,6 +324,8 @@ def _check_options(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if soft_cap < 0:
         raise ValueError(f"soft_cap must be at least 0, got {soft_cap}")
     for name, tensor, size in (

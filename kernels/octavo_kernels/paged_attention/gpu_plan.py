@@ -122,9 +122,8 @@ def make_plan(
     rows_bound = min(max_query_len, decode_rows // group) * num_heads
     needed_rows = num_partitions * rows_bound if max_seq_len > partition else 0
     partial_rows = min(needed_rows, _MAX_PARTIAL_ROWS)
-    capacity = 0
-    if max_query_len * group > decode_rows or needed_rows > partial_rows:
-        capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens)
+    has_tiles = max_query_len * group > decode_rows or needed_rows > partial_rows
+    capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens) if has_tiles else 0
     num_programs = _processors(seq_lens.device.type) if rows_bound and num_requests else 0
     if num_programs:
         num_programs *= per_sm or decode_choice(head_dim, cache_dtype)["per_sm"]
