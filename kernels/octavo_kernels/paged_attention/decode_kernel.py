@@ -92,14 +92,12 @@ def fold_partials(
         l = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HP], tl.float32)
         for part in tl.range(0, parts, loop_unroll_factor=4):
-            # Written by other programs a moment ago: read past the first-level cache.
-            at_row = (base + part * rows + row).to(tl.int64)
-            m_b = tl.load(m_ptr + at_row, mask=live, other=0.0, cache_modifier=".cg")
-            l_b = tl.load(l_ptr + at_row, mask=live, other=0.0, cache_modifier=".cg")
-            acc_b = tl.load(
-                acc_ptr + at_row[:, None] * HP + d[None, :],
-                mask=live[:, None], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
+            # Written by other programs a moment ago: read past the first-level cache. Rows past
+            # the last read it again: masked loads would be waited for one by one.
+            at_row = (base + part * rows + tl.minimum(row, rows - 1)).to(tl.int64)
+            m_b = tl.load(m_ptr + at_row, cache_modifier=".cg")
+            l_b = tl.load(l_ptr + at_row, cache_modifier=".cg")
+            acc_b = tl.load(acc_ptr + at_row[:, None] * HP + d[None, :], cache_modifier=".cg")
             m, l, acc = merge(m, l, acc, m_b, l_b, acc_b)
         heads = kv_head * G + row % G
         values = finish(m, l, acc, tl.minimum(heads, N - 1), kv_head, sinks_ptr, v_scale_ptr)
