@@ -61,7 +61,7 @@ def _race_source(
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(source_ptr + at, mask=at < count, other=NEVER).to(tl.float32)
-        token = tl.load(ids_ptr + at, mask=(at < count) & is_listed, other=0)
+        token = tl.load(ids_ptr + at, mask=at < tl.where(is_listed, count, 0), other=0)
         token = tl.where(is_listed, token, at)
         w = weight(x, peak, temperature)
         kept = (at < count) & (order_key(x) >= cut_key) & (w >= least)
