@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from octavo_kernels import device
 from octavo_kernels.benchmarking import Captured, Timing, timings
 from octavo_kernels.compiling import compile_all
 from octavo_kernels.launch import Launch, collecting
@@ -317,7 +318,7 @@ def chunks(todo: Sequence[tuple[Tunable, str]]) -> list[list[tuple[Tunable, str]
 
 def _compile_chunk(chunk: Sequence[tuple[Tunable, str]], deadline: float) -> list[Trial]:
     """The dropped candidates of a chunk; two cores are left to whoever measures meanwhile."""
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = device.capability()
     return compile_candidates(
         [(tunable, key, choice) for tunable, key in chunk for choice in tunable.candidates(key)],
         capability=10 * major + minor,

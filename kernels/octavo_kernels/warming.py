@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 
+from octavo_kernels import device
 from octavo_kernels.compiling import compile_all, distinct
 from octavo_kernels.launch import Launch, collecting
 from octavo_kernels.op_runs import RUNS, Scene, batches
@@ -38,7 +39,7 @@ def warm(shape: ModelShape, *, processes: int | None = None) -> list[Launch]:
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device: launches(shape) lists what would be compiled")
     found = launches(shape)
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = device.capability()
     stamp = _stamp(found, 10 * major + minor)
     if not stamp.exists():
         failed = compile_all(found, capability=10 * major + minor, processes=processes)

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo_kernels import device
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import decode_hopper_kernel, decode_kernel, numerics
 from octavo_kernels.paged_attention.gpu_plan import DECODE_ROWS, AttentionPlan, decode_key
@@ -98,7 +99,7 @@ def attend_decode_hopper(
         choice = choose(TUNED_AS, decode_key(head_dim, size), default)
     is_fused = plan.is_split and bool(choice["fused"])
     # The rings fill a multiprocessor: one program does what the plan gave to several.
-    step = -(-plan.num_programs // _multiprocessors())
+    step = -(-plan.num_programs // device.num_multiprocessors())
     launch(
         decode_hopper_kernel.decode_hopper,
         (-(-plan.num_programs // step),),
@@ -139,14 +140,6 @@ def _descriptor(cache: Tensor) -> TensorDescriptor:
 @functools.cache
 def _box_layout(block_size: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([block_size, head_dim], _DTYPES[dtype])
-
-
-@functools.cache
-def _multiprocessors() -> int:
-    """Of the current GPU; an H100's where there is none."""
-    if not torch.cuda.is_available():
-        return 132
-    return int(torch.cuda.get_device_properties().multi_processor_count)
 
 
 assert decode_hopper_kernel.ROWS.value == DECODE_ROWS

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo_kernels import device
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import decode_kernel, numerics
 from octavo_kernels.paged_attention.decode_hopper import attend_decode_hopper, supports
@@ -244,7 +245,7 @@ def _check_caches(
 
 def _has_fp8() -> bool:
     """Whether e4m3 can be converted here: by the current GPU, or by the interpreter."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
+    return device.capability() >= (8, 9)
 
 
 def _check_strides(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

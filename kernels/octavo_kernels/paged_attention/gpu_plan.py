@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo_kernels import device
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import numerics, plan_kernel
 from octavo_kernels.tuning import Choice, choose
@@ -124,7 +125,7 @@ def make_plan(
     partial_rows = min(needed_rows, _MAX_PARTIAL_ROWS)
     has_tiles = max_query_len * group > decode_rows or needed_rows > partial_rows
     capacity = min(-(-num_tokens // block_q) + num_requests, num_tokens) if has_tiles else 0
-    num_programs = _processors(seq_lens.device.type) if rows_bound and num_requests else 0
+    num_programs = _processors(seq_lens) if rows_bound and num_requests else 0
     if num_programs:
         num_programs *= per_sm or decode_choice(head_dim, cache_dtype)["per_sm"]
 
@@ -201,14 +202,9 @@ def decode_key(head_dim: int, itemsize: int) -> str:
     return f"H{head_dim} {itemsize}B"
 
 
-@functools.cache
-def _processors(device: str) -> int:
-    """Multiprocessors of the current GPU; an H100's where there is none."""
-    if device == "cpu":
-        return _INTERPRETED
-    if not torch.cuda.is_available():
-        return 132
-    return int(torch.cuda.get_device_properties().multi_processor_count)
+def _processors(tensor: Tensor) -> int:
+    """Multiprocessors that tensor's kernels run on."""
+    return device.num_multiprocessors() if tensor.device.type != "cpu" else _INTERPRETED
 
 
 def _check_sizes(

@@ -5,7 +5,6 @@ Both have the same bits. Knows what the Hopper kernel takes; checks no inputs.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo_kernels import device
 from octavo_kernels.launch import launch
 from octavo_kernels.paged_attention import numerics, prefill_hopper_kernel
 from octavo_kernels.paged_attention.gpu_plan import PREFILL_ROWS, AttentionPlan
@@ -55,7 +55,7 @@ def supports(
 
 def is_hopper() -> bool:
     """Whether the current GPU can run the kernel (TMA, WGMMA: compute capability 9.x)."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return torch.cuda.is_available() and device.is_hopper()
 
 
 def attend_prefill_fastest(
@@ -106,7 +106,7 @@ def attend_prefill_hopper(
     tile = numerics.tile_size(head_dim)
     launch(
         prefill_hopper_kernel.attend_hopper,
-        (min(_multiprocessors(), plan.tiles.shape[0] * num_kv_heads),),
+        (min(device.num_multiprocessors(), plan.tiles.shape[0] * num_kv_heads),),
         q, _descriptor(k_cache), _descriptor(v_cache), out, block_tables, query_start_loc,
         seq_lens, plan.tiles, plan.num_tiles, sinks,
         scale, block_tables.stride(0), block_tables.shape[1] * block_size, q.shape[0],
@@ -123,14 +123,6 @@ def _descriptor(cache: Tensor) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for(box, _DTYPES[cache.dtype])
     rows = cache.shape[:3].numel()
     return TensorDescriptor(cache, [rows, head_dim], [head_dim, 1], box, layout)
-
-
-@functools.cache
-def _multiprocessors() -> int:
-    """Of the current GPU; an H100's where there is none."""
-    if not torch.cuda.is_available():
-        return 132
-    return int(torch.cuda.get_device_properties().multi_processor_count)
 
 
 assert prefill_hopper_kernel.GROUP_ROWS.value * prefill_hopper_kernel.GROUPS.value == PREFILL_ROWS
