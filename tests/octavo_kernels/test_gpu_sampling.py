@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -378,7 +377,3 @@ def test_whole_vocabularies_draw_the_cpu_tokens(spread: float, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(6)
     logits = (torch.randn(len(ways) * 4, 128256, generator=generator) * spread).to(dtype)
     assert_as_on_cpu(logits, columns(len(ways) * 4, **given))
-
-
-def test_the_interpreter_or_a_gpu_runs_these() -> None:
-    assert DEVICE == "cuda" or triton.knobs.runtime.interpret
