@@ -10,6 +10,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from octavo.api.errors import ApiError
 
 MAX_HEAD_BYTES = 64 * 1024  # of one request: its URL, or its headers and trailers
+LINGER_SECONDS = 1.0  # between our last word on a connection and its close
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -18,12 +19,20 @@ class HttpProtocol(HttpToolsProtocol):
 
     _num_silent = 0  # bytes since the parser last told us of anything: it is collecting them
     _num_head = 0
+    _said_last_word = False
 
     def data_received(self, data: bytes) -> None:
+        if self._said_last_word:
+            return
         self._num_silent += len(data)
         super().data_received(data)
-        if self._num_silent > MAX_HEAD_BYTES and not self.transport.is_closing():
+        ended = self._said_last_word or self.transport.is_closing()
+        if self._num_silent > MAX_HEAD_BYTES and not ended:
             self.send_400_response("")
+
+    def eof_received(self) -> None:
+        if self._said_last_word:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         self._num_silent = self._num_head = 0
@@ -63,4 +72,19 @@ class HttpProtocol(HttpToolsProtocol):
             "connection: close\r\n\r\n"
         )
         self.transport.write(head.encode("ascii") + body)
-        self.transport.close()
+        cycle = self.cycle
+        if self.pipeline or (cycle and cycle.response_started and not cycle.response_complete):
+            self.transport.close()  # an answer is still being written, into which ours fell
+            return
+        if cycle and not cycle.response_started:  # the request ends here, unanswered by the app
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._linger()
+
+    def _linger(self) -> None:
+        """Ends the connection without losing what we said: closing it while the client still sends
+        would reset it, and a reset discards what the client has not read yet."""
+        self._said_last_word = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
