@@ -23,6 +23,7 @@ class AttentionMetadata:
     block_tables: Tensor  # [R, max_blocks] int32
     query_start_loc: Tensor  # [R + 1] int32
     seq_lens: Tensor  # [R] int32, tokens with K/V once this step's are written
+    max_query_len: int = 0  # the host's bound on one request's tokens; 0 = all T may be one's
 
 
 class KVLayer(NamedTuple):

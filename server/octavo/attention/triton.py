@@ -99,7 +99,7 @@ class TritonAttention:
                 attn.query_start_loc,
                 attn.seq_lens,
                 num_tokens=num_tokens,
-                max_query_len=num_tokens,
+                max_query_len=attn.max_query_len or num_tokens,
                 max_seq_len=attn.block_tables.shape[1] * kv.k.shape[2],
                 num_heads=layer.num_heads,
                 num_kv_heads=layer.num_kv_heads,

@@ -1,0 +1,1 @@
+"""Kinds of device, as layers see them."""

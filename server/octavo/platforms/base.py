@@ -1,0 +1,64 @@
+"""What layers ask of the device they run on. Knows shapes; computes nothing.
+
+A platform makes weights in the form its kernels read, and runs the few ops around them. Layers and
+models are written once against it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.attention.base import AttentionBackend
+
+
+class Weight(Protocol):
+    """A matrix [N, K] in the form one platform multiplies with. Filled by rows, in any order."""
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def k(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+
+    def write(self, rows: Tensor, start: int) -> None:
+        """Sets rows [start, start + len(rows)) from [n, K] of any float dtype on the CPU."""
+
+    def linear(
+        self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """[T, K] -> [T, N] of x's dtype: x W^T + bias [N] + residual [T, N]."""
+
+    def gated(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """[T, K] -> [T, N / 2]: silu(first half of the product) * second half."""
+
+    def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[S, K] -> [S, N] float32."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows ids [T] (int32 or int64), as activations: [T, K]."""
+
+
+class Platform(Protocol):
+    """Kernels of one kind of device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def attention(self) -> AttentionBackend: ...
+
+    def weight(self, n: int, k: int, *, dtype: torch.dtype) -> Weight:
+        """A matrix, not filled."""
+
+    def vector(self, size: int, *, dtype: torch.dtype, value: float = 0.0) -> Tensor:
+        """A bias or norm weight [size] for activations that go with weights of dtype."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+        """x / rms(x) * weight over the last dimension, [T, D] -> [T, D]."""

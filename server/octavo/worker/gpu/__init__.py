@@ -1,0 +1,1 @@
+"""Executes steps on a GPU: state that stays there, one upload a step, graphs. Decides nothing."""
