@@ -85,7 +85,7 @@ class HostRuntime:
 
 class _CudaEvent:
     def __init__(self) -> None:
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def record(self) -> None:
         self._event.record()
@@ -94,7 +94,7 @@ class _CudaEvent:
         self._event.synchronize()
 
     def is_done(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class CudaRuntime:
@@ -102,7 +102,7 @@ class CudaRuntime:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def host_tensor(self, size: int, dtype: torch.dtype) -> Tensor:
