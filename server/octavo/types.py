@@ -129,6 +129,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """What the worker did beside the results, counted since it last told."""
+
+    graph_steps: int = 0  # forward passes launched as a captured graph
+    eager_steps: int = 0  # and kernel by kernel
+    graphs_captured: int = 0
+    kernel_compiles: int = 0  # by Triton, since the server was ready
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOutput:
     """What one step yielded, worker -> scheduler. Requests that did not sample are absent."""
 
@@ -137,6 +147,7 @@ class ModelOutput:
     logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     prompt_logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)  # these requests failed, alone
+    worker: WorkerStats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,6 +109,12 @@ class StepBuffers:
             status=ints(num_requests),
         )
 
+    def blank_batch(self) -> None:
+        """Makes all of the batch padding, as if a step of no request had been uploaded."""
+        for name in BatchWords.__slots__:
+            no_row = name in ("rows", "sample_rows")
+            getattr(self.batch, name).fill_(-1 if no_row else 0)
+
     def attention(
         self, *, num_tokens: int, num_requests: int, max_query_len: int
     ) -> AttentionMetadata:

@@ -1,0 +1,204 @@
+"""Which steps have a captured graph, and when the next is captured. Knows sizes, not what runs.
+
+Serving begins without graphs. Whoever launches steps asks for the graph that fits (`forward_key`,
+`sampling_key`), replays it (`replay`) or, given None, does the work itself at its exact size; and
+calls `after_launch` once a step, `capture_one` when there is nothing to run.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from octavo.types import WorkerStats
+from octavo.worker.gpu.buffers import StepBuffers
+from octavo.worker.gpu.runtime import Graph, Runtime
+
+# A batch may be padded to a captured graph this many times the size that was made for it.
+_MOST_PADDING = 2
+# Of the host's time, while steps run: a missing graph that steps ask for, and any other.
+_SHARE_WANTED = 0.5
+_SHARE_OTHERS = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardKey:
+    """Step inputs, embedding, layers and final norm for num_tokens, into ``hidden``."""
+
+    num_tokens: int
+    is_decode: bool  # every request has one token
+
+    def num_requests(self, max_num_seqs: int) -> int:
+        """The graph's bound on requests; places that a batch leaves unused are padding."""
+        return min(self.num_tokens, max_num_seqs)
+
+    @property
+    def max_query_len(self) -> int:
+        return 1 if self.is_decode else self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingKey:
+    """Hidden rows, head, sampling parameters, sampling and appending for num_samples rows."""
+
+    num_samples: int
+
+
+GraphKey = ForwardKey | SamplingKey
+Key = TypeVar("Key", ForwardKey, SamplingKey)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphSizes:
+    """Sizes that are captured, each ascending; none at all runs everything as it comes."""
+
+    decode: tuple[int, ...] = ()
+    mixed: tuple[int, ...] = ()
+    sampling: tuple[int, ...] = ()
+
+    @classmethod
+    def default(
+        cls, *, max_num_seqs: int, max_num_tokens: int, largest: int | None = None
+    ) -> GraphSizes:
+        """Fine where a row more is a large part of the step. ``largest``: of any graph."""
+        largest = 512 if largest is None else largest
+        steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest + 1, 32)]
+        return cls.of([*(s for s in steps if s <= largest), largest], max_num_seqs, max_num_tokens)
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], max_num_seqs: int, max_num_tokens: int) -> GraphSizes:
+        """The same for every kind, cut to what steps can have."""
+        most_rows = min(max_num_seqs, max_num_tokens)
+        fits = sorted({size for size in sizes if 0 < size <= max_num_tokens})
+        rows = tuple(size for size in fits if size <= most_rows)
+        if fits and fits[-1] >= most_rows and most_rows not in rows:
+            rows = (*rows, most_rows)  # so that a full batch has its graph
+        # A mixed batch has a request of more than one token beside others, or is a short prompt.
+        return cls(decode=rows, mixed=tuple(s for s in fits if s >= 8), sampling=rows)
+
+    def keys(self) -> list[GraphKey]:
+        """All of them; what a server needs first comes first."""
+        rows: list[GraphKey] = []
+        for size in sorted({*self.decode, *self.sampling}):
+            rows += [SamplingKey(size)] if size in self.sampling else []
+            rows += [ForwardKey(size, True)] if size in self.decode else []
+        return [*rows, *(ForwardKey(t, False) for t in self.mixed)]
+
+
+class StepGraphs:
+    """Captured graphs of one engine; for the thread that launches its steps."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        sizes: GraphSizes,
+        buffers: StepBuffers,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._runtime = runtime
+        self._sizes = sizes
+        self._buffers = buffers
+        self._now = now
+        self._graphs: dict[GraphKey, Graph] = {}
+        # In the order to be captured, last first: what steps asked for most recently is last.
+        self._missing: dict[GraphKey, bool] = dict.fromkeys(reversed(sizes.keys()), False)
+        self._work_of: Callable[[GraphKey], Callable[[], None]] | None = None
+        self._next_wanted_at = self._next_other_at = 0.0
+        self._num_replayed = self._num_eager = self._num_captured = 0
+
+    def bind(self, work_of: Callable[[GraphKey], Callable[[], None]]) -> None:
+        """``work_of(key)`` does on static buffers what the graph is to do. Call it at start."""
+        self._work_of = work_of
+
+    @property
+    def num_missing(self) -> int:
+        return len(self._missing)
+
+    def forward_key(
+        self, *, num_tokens: int, num_requests: int, is_decode: bool
+    ) -> ForwardKey | None:
+        """The captured graph to run these on, padded to its size; None: run them as they are."""
+        # With one token each there are as many requests; a mixed graph has room for no more.
+        assert num_requests <= num_tokens
+        sizes = self._sizes.decode if is_decode else self._sizes.mixed
+        candidates = [ForwardKey(size, is_decode) for size in _fitting(sizes, num_tokens)]
+        key = self._captured(candidates)
+        if key is None:
+            self._num_eager += 1
+        else:
+            self._num_replayed += 1
+        return key
+
+    def sampling_key(self, num_samples: int) -> SamplingKey | None:
+        """As `forward_key`, of rows that are sampled without logit parameters or logprobs."""
+        sizes = _fitting(self._sizes.sampling, num_samples)
+        return self._captured([SamplingKey(size) for size in sizes])
+
+    def replay(self, key: GraphKey) -> None:
+        """Launches the graph that `forward_key` or `sampling_key` named."""
+        self._graphs[key].replay()
+
+    def after_launch(self) -> bool:
+        """Captures a graph if its turn has come; whether it did.
+
+        To be called when the device has work to do meanwhile. The host's time is the measure: a
+        capture takes as long as launching its step kernel by kernel, twice.
+        """
+        if not self._missing:
+            return False
+        is_wanted = next(reversed(self._missing.values()))
+        if self._now() < (self._next_wanted_at if is_wanted else self._next_other_at):
+            return False
+        return self.capture_one()
+
+    def capture_one(self) -> bool:
+        """Captures the next missing graph; False if there is none."""
+        if not self._missing or self._work_of is None:
+            return False
+        began = self._now()
+        key, _ = self._missing.popitem()
+        work = self._work_of(key)
+        # Once outside the capture, with no request in it: whatever is made at first use, is made.
+        self._buffers.blank_batch()
+        work()
+        self._graphs[key] = self._runtime.capture(work)
+        self._num_captured += 1
+        ended = self._now()
+        took = ended - began
+        self._next_wanted_at = ended + took * (1 / _SHARE_WANTED - 1)
+        self._next_other_at = ended + took * (1 / _SHARE_OTHERS - 1)
+        if not self._missing:
+            _log.info("all %d graphs of steps are captured", len(self._graphs))
+        return True
+
+    def take_stats(self) -> WorkerStats:
+        """What happened since the last call."""
+        stats = WorkerStats(
+            graph_steps=self._num_replayed,
+            eager_steps=self._num_eager,
+            graphs_captured=self._num_captured,
+        )
+        self._num_replayed = self._num_eager = self._num_captured = 0
+        return stats
+
+    def _captured(self, candidates: Sequence[Key]) -> Key | None:
+        """The first that has a graph. Only the nearest is what this step would have wanted."""
+        if candidates and candidates[0] in self._missing:
+            del self._missing[candidates[0]]
+            self._missing[candidates[0]] = True
+        return next((key for key in candidates if key in self._graphs), None)
+
+
+def _fitting(sizes: tuple[int, ...], wanted: int) -> tuple[int, ...]:
+    """Sizes that may serve, nearest first."""
+    first = bisect.bisect_left(sizes, wanted)
+    if first == len(sizes):
+        return ()
+    return sizes[first : bisect.bisect_right(sizes, _MOST_PADDING * sizes[first])]
