@@ -80,6 +80,15 @@ class BlockCopy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockMove:
+    """Copy one whole K/V block between the cache and a slot of the host tier."""
+
+    block: int
+    slot: int
+    tag: int  # int64 that stands for the contents: a load gets what was saved under its own tag
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewRequest:
     """Whole data of a request the worker has not got: first time, forked, or resumed.
 
@@ -103,13 +112,16 @@ class SchedulerOutput:
     when its computed tokens reach all its known tokens; the sampled token is known to the worker
     at once, to the scheduler only when `ModelOutput` arrives, so the next step may already be
     scheduled with it (overlap). Workers apply, in order: ``finished_request_ids``,
-    ``new_requests``, ``new_block_ids``, ``block_copies``, then the forward pass.
+    ``new_requests``, ``new_block_ids``, ``saves``, ``loads``, ``block_copies``, then the forward
+    pass. No block or slot occurs twice among the saves, nor among the loads.
     """
 
     step: int
     new_requests: tuple[NewRequest, ...] = ()
     num_scheduled_tokens: Mapping[str, int] = field(default_factory=dict)
     new_block_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    saves: tuple[BlockMove, ...] = ()  # cache -> host tier: blocks that this step overwrites
+    loads: tuple[BlockMove, ...] = ()  # host tier -> cache
     block_copies: tuple[BlockCopy, ...] = ()
     finished_request_ids: tuple[str, ...] = ()  # rows to free; preempted ones too
 
@@ -196,6 +208,12 @@ class StepStats:
     generation_tokens: int = 0
     prefix_cache_queries: int = 0  # tokens
     prefix_cache_hits: int = 0  # tokens
+    prefix_cache_host_hits: int = 0  # of those, the ones that came from the host tier
+    num_host_slots: int = 0  # blocks that the host tier can hold
+    num_host_blocks: int = 0  # that it holds
+    saved_blocks: int = 0  # cache -> host tier
+    loaded_blocks: int = 0  # host tier -> cache
+    damaged_blocks: int = 0  # loaded, and not what had been saved
     preemptions: int = 0
     host_seconds: float = 0.0  # schedule + update, outside the model
 
@@ -228,6 +246,7 @@ class EngineInfo:
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    num_host_slots: int = 0  # K/V blocks that the host tier can hold
     num_threads: int = 0  # CPU threads that compute; 0 = not told
     eos_token_ids: tuple[int, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds
