@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo.layers import GatedMLP, Linear, RMSNorm, TokenEmbedding, WeightSlot
+from octavo.platforms.cpu import CPUPlatform
+
+CPU = CPUPlatform()
 
 
 def fill(slots: dict[str, WeightSlot], *, pieces: int = 1) -> dict[str, Tensor]:
@@ -32,7 +35,9 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize("pieces", [1, 3, 7])
 @pytest.mark.parametrize("bias", [False, True])
 def test_stacked_linear(pieces: int, bias: bool) -> None:
-    linear = Linear(40, parts={"q": 50, "k": 1, "v": 19}, bias=bias, dtype=torch.float32)
+    linear = Linear(
+        40, parts={"q": 50, "k": 1, "v": 19}, bias=bias, platform=CPU, dtype=torch.float32
+    )
     slots = linear.slots("attn.")
     assert list(slots)[0] == "attn.q.weight" and len(slots) == (6 if bias else 3)
     assert slots["attn.v.weight"].shape == (19, 40)
@@ -55,7 +60,7 @@ def test_stacked_linear(pieces: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_embedding_is_its_own_head(dtype: torch.dtype) -> None:
-    embedding = TokenEmbedding(101, hidden_size=24, dtype=dtype)
+    embedding = TokenEmbedding(101, hidden_size=24, platform=CPU, dtype=dtype)
     table = fill(embedding.slots("embed"))["embed.weight"].to(dtype).float()
     ids = torch.tensor([0, 100, 50, 50])
     assert torch.equal(embedding.embed(ids), table[ids])
@@ -65,14 +70,14 @@ def test_embedding_is_its_own_head(dtype: torch.dtype) -> None:
 
 
 def test_rms_norm() -> None:
-    norm = RMSNorm(48, eps=1e-3)
+    norm = RMSNorm(48, eps=1e-3, platform=CPU, dtype=torch.float32)
     weight = fill(norm.slots("norm"))["norm.weight"].double()
     x = torch.randn(4, 48)
     close(norm(x), F.rms_norm(x.double(), (48,), weight, eps=1e-3))
 
 
 def test_gated_mlp() -> None:
-    mlp = GatedMLP(16, intermediate_size=30, bias=True, dtype=torch.float32)
+    mlp = GatedMLP(16, intermediate_size=30, bias=True, platform=CPU, dtype=torch.float32)
     values = {k.split(".", 1)[1]: v.double() for k, v in fill(mlp.slots("mlp.")).items()}
     x, residual = torch.randn(3, 16), torch.randn(3, 16)
 

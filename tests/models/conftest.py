@@ -14,6 +14,8 @@ from octavo.attention import AttentionMetadata, KVLayer
 from octavo.checkpoint import resolve
 from octavo.config import ModelConfig
 from octavo.models import Model, kv_cache_spec, load_model
+from octavo.platforms.base import Platform
+from octavo.platforms.cpu import CPUPlatform
 
 BLOCK_SIZE = 16
 
@@ -97,10 +99,22 @@ def chunked() -> Callable[..., list[torch.Tensor]]:
 
 @pytest.fixture
 def load() -> Callable[..., Model]:
-    def load(path: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
+    def load(
+        path: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        platform: Platform | None = None,
+        **options: Any,
+    ) -> Model:
         max_model_len = options.pop("max_model_len", None)
         files = resolve(ModelConfig(model=str(path), **options))
-        return load_model(files, files.spec, dtype=dtype, max_model_len=max_model_len)
+        return load_model(
+            files,
+            files.spec,
+            platform=platform or CPUPlatform(),
+            dtype=dtype,
+            max_model_len=max_model_len,
+        )
 
     return load
 

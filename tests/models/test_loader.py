@@ -17,6 +17,7 @@ from octavo.checkpoint.hf_config import ARCHITECTURES
 from octavo.config import ModelConfig
 from octavo.models import Model, load_model, loader, weight_dtype, weights
 from octavo.models.registry import MODELS
+from octavo.platforms.cpu import CPUPlatform
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -135,12 +136,6 @@ def test_tensors_are_read_in_bounded_pieces(
     assert torch.equal(whole, pieces)
 
 
-def test_cuda_is_refused_clearly(folder: Path) -> None:
-    files = resolve(ModelConfig(model=str(folder)))
-    with pytest.raises(ValueError, match="device cuda is not supported yet; use cpu"):
-        load_model(files, files.spec, dtype=torch.float32, device="cuda")
-
-
 def test_dtype_words() -> None:
     assert weight_dtype("auto", device="cpu") == torch.float32
     assert weight_dtype("auto", device="cuda") == torch.bfloat16
@@ -155,7 +150,9 @@ def test_random_weights(
 
     def logits(seed: int) -> torch.Tensor:
         files = resolve(ModelConfig(model=str(folder), load_format="dummy"))
-        model = load_model(files, files.spec, dtype=torch.float32, seed=seed)
+        model = load_model(
+            files, files.spec, platform=CPUPlatform(), dtype=torch.float32, seed=seed
+        )
         (row,) = chunked(model, [[1, 2, 3, 250]], chunks=(4,), dtype=torch.float32)
         return row
 

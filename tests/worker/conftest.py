@@ -13,6 +13,7 @@ import torch
 from octavo.checkpoint import resolve
 from octavo.config import ModelConfig
 from octavo.models import Model, kv_cache_spec, load_model
+from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.model_runner import ModelRunner
@@ -48,7 +49,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(model_folder: Path) -> Model:
     files = resolve(ModelConfig(model=str(model_folder), load_format="dummy"))
-    made = load_model(files, files.spec, dtype=torch.float32, seed=5)
+    made = load_model(files, files.spec, platform=CPUPlatform(), dtype=torch.float32, seed=5)
     generator = torch.Generator().manual_seed(11)
     for slot in made.slots().values():  # larger weights: every token matters to every logit
         if slot.kind != "norm":

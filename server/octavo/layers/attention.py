@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata, KVLayer
+from octavo.attention.base import AttentionLayer, AttentionMetadata, KVLayer
 from octavo.layers.linear import Linear
 from octavo.layers.slot import WeightSlot, vector_slot
+from octavo.platforms.base import Platform
 
 
 class SelfAttention:
@@ -23,33 +24,50 @@ class SelfAttention:
         hidden_size: int,
         *,
         layer: AttentionLayer,
-        backend: AttentionBackend,
         qk_norm: bool,
         qkv_bias: bool,
         output_bias: bool,
+        platform: Platform,
         dtype: torch.dtype,
     ) -> None:
         q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         if qk_norm:
-            layer = replace(
-                layer, q_norm=torch.ones(layer.head_dim), k_norm=torch.ones(layer.head_dim)
+            q_norm, k_norm = (
+                platform.vector(layer.head_dim, dtype=dtype, value=1.0) for _ in range(2)
             )
+            layer = replace(layer, q_norm=q_norm, k_norm=k_norm)
         self.layer = layer
-        self.backend = backend
+        self.backend = platform.attention
         self.qkv = Linear(
             hidden_size,
             parts={"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=qkv_bias,
+            platform=platform,
             dtype=dtype,
         )
-        self.output = Linear(q_size, parts={"o_proj": hidden_size}, bias=output_bias, dtype=dtype)
+        self.output = Linear(
+            q_size,
+            parts={"o_proj": hidden_size},
+            bias=output_bias,
+            platform=platform,
+            dtype=dtype,
+        )
 
     def __call__(
         self, x_TD: Tensor, *, residual: Tensor, attn: AttentionMetadata, kv: KVLayer
     ) -> Tensor:
-        """[T, D] float32 -> residual + attention of it, [T, D] float32."""
+        """[T, D] -> residual + attention of it, [T, D]."""
         context = self.backend.forward(self.qkv(x_TD), layer=self.layer, attn=attn, kv=kv)
         return self.output(context, residual=residual)
+
+    @property
+    def num_bytes(self) -> int:
+        norms = (self.layer.q_norm, self.layer.k_norm)
+        return (
+            self.qkv.num_bytes
+            + self.output.num_bytes
+            + sum(norm.nbytes for norm in norms if norm is not None)
+        )
 
     def slots(self, prefix: str) -> dict[str, WeightSlot]:
         slots = {**self.qkv.slots(prefix), **self.output.slots(prefix)}

@@ -1,31 +1,37 @@
-"""Token embedding and output head. Knows the packed table, which the two may share."""
+"""Token embedding and output head. Knows the table, which the two may share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from octavo.layers.linear import packed_slot
+from octavo.layers.linear import matrix_slot
 from octavo.layers.slot import WeightSlot
-from octavo_kernels.matmul import PackedWeight, gather_rows, matmul
+from octavo.platforms.base import Platform
 
 
 class TokenEmbedding:
     """Table of one vector per token; read by id on the way in, multiplied on the way out.
 
-    A tied head is this same object, so the table is stored once, packed for the multiplication.
+    A tied head is this same object, so the table is stored once.
     """
 
-    def __init__(self, vocab_size: int, *, hidden_size: int, dtype: torch.dtype) -> None:
-        self.weight = PackedWeight.empty(vocab_size, hidden_size, dtype=dtype)
+    def __init__(
+        self, vocab_size: int, *, hidden_size: int, platform: Platform, dtype: torch.dtype
+    ) -> None:
+        self.weight = platform.table(vocab_size, hidden_size, dtype=dtype)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
-        """[T] int32 or int64 -> [T, D] float32."""
-        return gather_rows(self.weight, token_ids_T)
+        """[T] int32 or int64 -> [T, D]."""
+        return self.weight.rows(token_ids_T)
 
-    def logits(self, hidden_SD: Tensor) -> Tensor:
-        """[S, D] float32 -> [S, V] float32."""
-        return matmul(hidden_SD, self.weight)
+    def logits(self, hidden_SD: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[S, D] -> [S, V] float32, into out if given."""
+        return self.weight.logits(hidden_SD, out=out)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.num_bytes
 
     def slots(self, name: str) -> dict[str, WeightSlot]:
-        return {f"{name}.weight": packed_slot(self.weight)}
+        return {f"{name}.weight": matrix_slot(self.weight)}

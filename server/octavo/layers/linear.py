@@ -1,4 +1,4 @@
-"""Linear maps with packed weights. Knows the matmul kernel; knows nothing of models."""
+"""Linear maps of stacked checkpoint tensors. Knows weights, no kernel; nothing of models."""
 
 from __future__ import annotations
 
@@ -8,35 +8,48 @@ import torch
 from torch import Tensor
 
 from octavo.layers.slot import WeightSlot, vector_slot
-from octavo_kernels.matmul import PackedWeight, matmul, pack_rows_
+from octavo.platforms.base import Platform, Weight
 
 
 class Linear:
     """``y = x W^T + b`` whose rows are several checkpoint tensors stacked: q, k and v, say.
 
-    ``parts``: checkpoint name -> output features, in order of the output. A bias is float32
-    whatever the weights are.
+    ``parts``: checkpoint name -> output features, in order of the output.
     """
 
     def __init__(
-        self, in_features: int, *, parts: Mapping[str, int], bias: bool, dtype: torch.dtype
+        self,
+        in_features: int,
+        *,
+        parts: Mapping[str, int],
+        bias: bool,
+        platform: Platform,
+        dtype: torch.dtype,
     ) -> None:
         self.in_features = in_features
         self.parts = dict(parts)
         out_features = sum(self.parts.values())
-        self.weight = PackedWeight.empty(out_features, in_features, dtype=dtype)
-        self.bias = torch.zeros(out_features) if bias else None
+        self.weight = platform.weight(out_features, in_features, dtype=dtype)
+        self.bias = platform.vector(out_features, dtype=dtype) if bias else None
 
     def __call__(self, x_TD: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """[T, D] float32 -> [T, out] float32, plus ``residual`` [T, out]."""
-        return matmul(x_TD, self.weight, bias=self.bias, residual=residual)
+        """[T, D] -> [T, out], plus ``residual`` [T, out]."""
+        return self.weight.linear(x_TD, bias=self.bias, residual=residual)
+
+    def gated(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, out / 2]: silu of the first half of the map times the second."""
+        return self.weight.gated(x_TD, bias=self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.num_bytes + (0 if self.bias is None else self.bias.nbytes)
 
     def slots(self, prefix: str) -> dict[str, WeightSlot]:
         """Checkpoint name -> slot, as ``{prefix}{part}.weight`` and ``.bias``."""
         slots: dict[str, WeightSlot] = {}
         offset = 0
         for name, size in self.parts.items():
-            slots[f"{prefix}{name}.weight"] = packed_slot(self.weight, offset=offset, size=size)
+            slots[f"{prefix}{name}.weight"] = matrix_slot(self.weight, offset=offset, size=size)
             if self.bias is not None:
                 slots[f"{prefix}{name}.bias"] = vector_slot(
                     self.bias, kind="bias", offset=offset, size=size
@@ -45,10 +58,10 @@ class Linear:
         return slots
 
 
-def packed_slot(weight: PackedWeight, *, offset: int = 0, size: int | None = None) -> WeightSlot:
-    """Slot of rows ``[offset, offset + size)`` of a packed weight (all of them by default)."""
+def matrix_slot(weight: Weight, *, offset: int = 0, size: int | None = None) -> WeightSlot:
+    """Slot of rows ``[offset, offset + size)`` of a weight (all of them by default)."""
 
     def write(rows: Tensor, start: int) -> None:
-        pack_rows_(weight, rows, start=offset + start)
+        weight.write(rows, offset + start)
 
     return WeightSlot(shape=(weight.n if size is None else size, weight.k), write=write)

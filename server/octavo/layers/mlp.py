@@ -1,4 +1,4 @@
-"""The gated feed-forward network of one decoder layer. Knows its kernels."""
+"""The gated feed-forward network of one decoder layer. Knows its projections."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ from torch import Tensor
 
 from octavo.layers.linear import Linear
 from octavo.layers.slot import WeightSlot
-from octavo_kernels.silu_mul import silu_mul
+from octavo.platforms.base import Platform
 
 
 class GatedMLP:
     """``down(silu(gate(x)) * up(x))`` with gate and up in one projection."""
 
     def __init__(
-        self, hidden_size: int, *, intermediate_size: int, bias: bool, dtype: torch.dtype
+        self,
+        hidden_size: int,
+        *,
+        intermediate_size: int,
+        bias: bool,
+        platform: Platform,
+        dtype: torch.dtype,
     ) -> None:
         self.gate_up = Linear(
             hidden_size,
             parts={"gate_proj": intermediate_size, "up_proj": intermediate_size},
             bias=bias,
+            platform=platform,
             dtype=dtype,
         )
         self.down = Linear(
-            intermediate_size, parts={"down_proj": hidden_size}, bias=bias, dtype=dtype
+            intermediate_size,
+            parts={"down_proj": hidden_size},
+            bias=bias,
+            platform=platform,
+            dtype=dtype,
         )
 
     def __call__(self, x_TD: Tensor, *, residual: Tensor) -> Tensor:
-        """[T, D] float32 -> residual + the network's output, [T, D] float32."""
-        return self.down(silu_mul(self.gate_up(x_TD)), residual=residual)
+        """[T, D] -> residual + the network's output, [T, D]."""
+        return self.down(self.gate_up.gated(x_TD), residual=residual)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.gate_up.num_bytes + self.down.num_bytes
 
     def slots(self, prefix: str) -> dict[str, WeightSlot]:
         return {**self.gate_up.slots(prefix), **self.down.slots(prefix)}

@@ -12,7 +12,8 @@ from torch import Tensor
 class WeightSlot:
     """Filled by rows, in any order, so that a tensor need never be whole in memory.
 
-    ``write(rows, start)`` takes ``[n, *shape[1:]]`` of any float dtype for rows ``start`` on.
+    ``write(rows, start)`` takes ``[n, *shape[1:]]`` of any float dtype for rows ``start`` on, from
+    the CPU or the platform's device.
     """
 
     shape: tuple[int, ...]

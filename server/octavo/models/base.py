@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.attention.base import AttentionBackend, AttentionMetadata, KVCacheSpec, KVLayer
 from octavo.checkpoint import ModelSpec
 from octavo.layers.slot import WeightSlot
+from octavo.platforms.base import Platform
 
 
 class Model(Protocol):
@@ -21,15 +22,29 @@ class Model(Protocol):
     def spec(self) -> ModelSpec: ...
 
     @property
-    def backend(self) -> AttentionBackend: ...
+    def platform(self) -> Platform: ...
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """The platform's attention."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all that a model keeps: weights, biases, norms, rotary tables."""
 
     def forward(
-        self, token_ids: Tensor, attn: AttentionMetadata, kv_caches: Sequence[KVLayer]
+        self,
+        token_ids: Tensor,
+        attn: AttentionMetadata,
+        kv_caches: Sequence[KVLayer],
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """[T] int32 or int64 -> [T, D] float32 after the final norm. Writes this step's K/V."""
+        """[T] int32 or int64 -> [T, D] activations after the final norm, into out if given.
+        Writes this step's K/V."""
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[S, D] float32 -> [S, V] float32."""
+    def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[S, D] activations -> [S, V] float32, into out if given."""
 
     def slots(self) -> dict[str, WeightSlot]:
         """Checkpoint tensor name -> where it goes."""

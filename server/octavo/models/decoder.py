@@ -1,7 +1,7 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3: layer wiring and weight names.
 
 The four differ in what `ModelSpec` says (biases, norms of q and k, windows), not in wiring. Knows
-no device and no file.
+no device (a platform stands between) and no file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from octavo.attention.base import AttentionBackend, AttentionLayer, AttentionMet
 from octavo.checkpoint import ModelSpec
 from octavo.layers import GatedMLP, RMSNorm, SelfAttention, TokenEmbedding, WeightSlot
 from octavo.models.rope import rotary_tables
+from octavo.platforms.base import Platform
 
 
 class DecoderLayer:
@@ -25,12 +26,16 @@ class DecoderLayer:
         spec: ModelSpec,
         *,
         index: int,
-        backend: AttentionBackend,
+        platform: Platform,
         tables: tuple[Tensor, Tensor],
         dtype: torch.dtype,
     ) -> None:
         cos, sin = tables
-        self.input_norm = RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps, platform=platform, dtype=dtype)
+
+        self.input_norm = norm()
         self.attention = SelfAttention(
             spec.hidden_size,
             layer=AttentionLayer(
@@ -43,23 +48,29 @@ class DecoderLayer:
                 sin=sin,
                 eps=spec.rms_norm_eps,
             ),
-            backend=backend,
             qk_norm=spec.qk_norm,
             qkv_bias=spec.qkv_bias,
             output_bias=spec.output_bias,
+            platform=platform,
             dtype=dtype,
         )
-        self.mlp_norm = RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.mlp_norm = norm()
         self.mlp = GatedMLP(
             spec.hidden_size,
             intermediate_size=spec.intermediate_size,
             bias=spec.mlp_bias,
+            platform=platform,
             dtype=dtype,
         )
 
     def __call__(self, x_TD: Tensor, *, attn: AttentionMetadata, kv: KVLayer) -> Tensor:
         x_TD = self.attention(self.input_norm(x_TD), residual=x_TD, attn=attn, kv=kv)
         return self.mlp(self.mlp_norm(x_TD), residual=x_TD)
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.input_norm, self.attention, self.mlp_norm, self.mlp)
+        return sum(part.num_bytes for part in parts)
 
     def slots(self, prefix: str) -> dict[str, WeightSlot]:
         return {
@@ -80,35 +91,53 @@ class Decoder:
         self,
         spec: ModelSpec,
         *,
-        backend: AttentionBackend,
+        platform: Platform,
         dtype: torch.dtype,
         max_model_len: int,
     ) -> None:
         self.spec = spec
-        self.backend = backend
-        self._tables = rotary_tables(spec.rope, max_positions=max_model_len)
-        self.embedding = TokenEmbedding(spec.vocab_size, hidden_size=spec.hidden_size, dtype=dtype)
-        self.head = (
-            self.embedding
-            if spec.tie_word_embeddings
-            else TokenEmbedding(spec.vocab_size, hidden_size=spec.hidden_size, dtype=dtype)
-        )
+        self.platform = platform
+        cos, sin = rotary_tables(spec.rope, max_positions=max_model_len)
+        self._tables = cos.to(platform.device), sin.to(platform.device)
+
+        def token_table() -> TokenEmbedding:
+            return TokenEmbedding(
+                spec.vocab_size, hidden_size=spec.hidden_size, platform=platform, dtype=dtype
+            )
+
+        self.embedding = token_table()
+        self.head = self.embedding if spec.tie_word_embeddings else token_table()
         self.layers = [
-            DecoderLayer(spec, index=i, backend=backend, tables=self._tables, dtype=dtype)
+            DecoderLayer(spec, index=i, platform=platform, tables=self._tables, dtype=dtype)
             for i in range(spec.num_layers)
         ]
-        self.norm = RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.norm = RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps, platform=platform, dtype=dtype)
+
+    @property
+    def backend(self) -> AttentionBackend:
+        return self.platform.attention
+
+    @property
+    def weight_bytes(self) -> int:
+        layers = sum(layer.num_bytes for layer in self.layers) + self.norm.num_bytes
+        token_tables = sum(table.num_bytes for table in {self.embedding, self.head})
+        return layers + token_tables + sum(table.nbytes for table in self._tables)
 
     def forward(
-        self, token_ids: Tensor, attn: AttentionMetadata, kv_caches: Sequence[KVLayer]
+        self,
+        token_ids: Tensor,
+        attn: AttentionMetadata,
+        kv_caches: Sequence[KVLayer],
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         x_TD = self.embedding.embed(token_ids)
         for layer, kv in zip(self.layers, kv_caches, strict=True):
             x_TD = layer(x_TD, attn=attn, kv=kv)
-        return self.norm(x_TD)
+        return self.norm(x_TD, out=out)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        return self.head.logits(hidden)
+    def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return self.head.logits(hidden, out=out)
 
     def slots(self) -> dict[str, WeightSlot]:
         slots = self.embedding.slots("model.embed_tokens")

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from octavo.attention import CPUAttention
 from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.checkpoint.gguf_config import ROPE_FACTORS
 from octavo.config import DType
@@ -17,6 +16,7 @@ from octavo.layers import WeightSlot
 from octavo.models.base import Model
 from octavo.models.registry import MODELS
 from octavo.models.weights import CheckpointTensor, gguf_tensors, safetensors_tensors
+from octavo.platforms.base import Platform
 
 # Elements a thread reads, converts and packs at a time: bounds what loading needs above the model.
 _CHUNK = 1 << 21
@@ -39,29 +39,27 @@ def load_model(
     files: ModelFiles,
     spec: ModelSpec,
     *,
+    platform: Platform,
     dtype: torch.dtype,
-    device: str = "cpu",
     seed: int = 0,
     max_model_len: int | None = None,
 ) -> Model:
-    """The model of ``files`` with weights as ``dtype``, ready to run.
+    """The model of ``files`` with weights as ``dtype``, ready to run on ``platform``.
 
     ``max_model_len``: longest request it will be asked for, default ``spec.max_model_len``.
     ``seed`` is that of random weights (format ``dummy``). Raises `ValueError` naming the file and
     tensor for what is missing, unexpected, misshapen or cut short.
     """
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device {device} is not supported yet; use cpu")
     model = MODELS[spec.architecture](
         spec,
-        backend=CPUAttention(),
+        platform=platform,
         dtype=dtype,
         max_model_len=max_model_len or spec.max_model_len,
     )
     try:
         with _threads() as pool:
             if files.format == "dummy":
-                _fill_randomly(model.slots(), seed=seed, pool=pool)
+                _fill_randomly(model.slots(), seed=seed, device=platform.device, pool=pool)
             elif files.format == "gguf":
                 _fill(model, gguf_tensors(files.weights, config=files.config), pool=pool)
             else:
@@ -150,11 +148,14 @@ def _chunk_rows(shape: tuple[int, ...]) -> int:
     return max(_CHUNK // row, 1)
 
 
-def _fill_randomly(slots: Mapping[str, WeightSlot], *, seed: int, pool: Executor) -> None:
-    """Small random weights, norms of one; equal for equal seeds, at the speed of copying."""
+def _fill_randomly(
+    slots: Mapping[str, WeightSlot], *, seed: int, device: torch.device, pool: Executor
+) -> None:
+    """Small random weights, norms of one; equal for equal seeds on every device, at the speed of
+    copying within it."""
     generator = torch.Generator().manual_seed(seed)
     period = torch.empty(_RANDOM_PERIOD).normal_(std=_RANDOM_STD, generator=generator)
-    twice = torch.cat([period, period])
+    twice = torch.cat([period, period]).to(device)
 
     def write(slot: WeightSlot, start: int, shape: tuple[int, ...], offset: int) -> None:
         slot.write(_cycle(twice, offset=offset, shape=shape), start)
@@ -163,7 +164,7 @@ def _fill_randomly(slots: Mapping[str, WeightSlot], *, seed: int, pool: Executor
     offset = 0
     for slot in slots.values():
         if slot.kind == "norm":
-            slot.write(torch.ones(slot.shape), 0)
+            slot.write(torch.ones(slot.shape, device=device), 0)
             continue
         step = _chunk_rows(slot.shape)
         for start in range(0, slot.shape[0], step):

@@ -28,7 +28,8 @@ class Weight(Protocol):
         """Memory that it takes."""
 
     def write(self, rows: Tensor, start: int) -> None:
-        """Sets rows [start, start + len(rows)) from [n, K] of any float dtype on the CPU."""
+        """Sets rows [start, start + len(rows)) from [n, K] of any float dtype, on the CPU or the
+        platform's device. Threads may write different rows at once."""
 
     def linear(
         self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
@@ -39,10 +40,10 @@ class Weight(Protocol):
         """[T, K] -> [T, N / 2]: silu(first half of the product) * second half."""
 
     def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """[S, K] -> [S, N] float32."""
+        """[S, K] -> [S, N] float32. Of a `Platform.table` alone."""
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows ids [T] (int32 or int64), as activations: [T, K]."""
+        """Rows ids [T] (int32 or int64), as activations: [T, K]. Of a `Platform.table` alone."""
 
 
 class Platform(Protocol):
@@ -55,10 +56,15 @@ class Platform(Protocol):
     def attention(self) -> AttentionBackend: ...
 
     def weight(self, n: int, k: int, *, dtype: torch.dtype) -> Weight:
-        """A matrix, not filled."""
+        """A matrix, not filled, for linear and gated products."""
+
+    def table(self, n: int, k: int, *, dtype: torch.dtype) -> Weight:
+        """A matrix, not filled, of one row per token: read by id, or multiplied into logits."""
 
     def vector(self, size: int, *, dtype: torch.dtype, value: float = 0.0) -> Tensor:
         """A bias or norm weight [size] for activations that go with weights of dtype."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-        """x / rms(x) * weight over the last dimension, [T, D] -> [T, D]."""
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, *, eps: float, out: Tensor | None = None
+    ) -> Tensor:
+        """x / rms(x) * weight over the last dimension, [T, D] -> [T, D], into out if given."""

@@ -10,6 +10,7 @@ import torch
 from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.config import EngineConfig
 from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
+from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
 from octavo.types import EngineInfo, NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.kv_tensors import KVTensors
@@ -61,8 +62,8 @@ def load(config: EngineConfig, *, files: ModelFiles, spec: ModelSpec) -> Model:
     return load_model(
         files,
         spec,
+        platform=CPUPlatform(),
         dtype=weight_dtype(config.model.dtype, device="cpu"),
-        device="cpu",
         seed=config.model.seed % 2**63,
         max_model_len=wanted,
     )

@@ -1,0 +1,62 @@
+"""The CPU: packed weights and float32 activations. Knows its kernels, no layer.
+
+Every method is one call of a kernel: a decode step makes hundreds of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.attention.cpu import CPUAttention
+from octavo_kernels.matmul import PackedWeight, gather_rows, matmul, pack_rows_
+from octavo_kernels.rms_norm import rms_norm
+from octavo_kernels.silu_mul import silu_mul
+
+
+class CPUWeight:
+    """`Weight` as panels; activations are float32 whatever its dtype."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self._packed = packed
+        self.n, self.k, self.num_bytes = packed.n, packed.k, packed.num_bytes
+
+    def write(self, rows: Tensor, start: int) -> None:
+        pack_rows_(self._packed, rows, start=start)
+
+    def linear(
+        self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return matmul(x, self._packed, bias=bias, residual=residual)
+
+    def gated(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        return silu_mul(matmul(x, self._packed, bias=bias))
+
+    def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return matmul(x, self._packed, out=out)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return gather_rows(self._packed, ids)
+
+
+class CPUPlatform:
+    """`Platform` of the CPU. A row's bits depend on that row alone."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.attention = CPUAttention()
+
+    def weight(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight:
+        return CPUWeight(PackedWeight.empty(n, k, dtype=dtype))
+
+    def table(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight:
+        return self.weight(n, k, dtype=dtype)
+
+    def vector(self, size: int, *, dtype: torch.dtype, value: float = 0.0) -> Tensor:
+        """float32, as the activations are."""
+        return torch.full((size,), value)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, *, eps: float, out: Tensor | None = None
+    ) -> Tensor:
+        return rms_norm(x, weight, eps=eps, out=out)
