@@ -6,62 +6,21 @@ step with unchanged requests does no work here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from octavo.sampling.token_lists import NO_LISTS, Ints, TokenLists, pack
 from octavo.types import SamplingParams
 from octavo_kernels.sampling import LogitParams
 
-Ints = npt.NDArray[np.int32]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Lists:
-    """One row's token lists; arrays, as packing a few long ones must not hold up a step."""
-
-    bias_ids: Ints
-    bias_values: npt.NDArray[np.float32]
-    allowed: Ints
-    word_sizes: Ints  # of each bad word, in tokens
-    bad_ids: Ints
-    stop: Ints  # not to be drawn while the output is too short
-
-    @classmethod
-    def of(cls, params: SamplingParams) -> _Lists:
-        """Of a request; `_NO_LISTS` itself if it has none."""
-        words = [word for word in params.bad_words_token_ids if word]
-        stop = (*params.eos_token_ids, *params.stop_token_ids) if params.min_tokens else ()
-        if not (params.logit_bias or params.allowed_token_ids or words or stop):
-            return _NO_LISTS
-        return cls(
-            bias_ids=_ints(token for token, _ in params.logit_bias),
-            bias_values=np.fromiter((bias for _, bias in params.logit_bias), np.float32),
-            allowed=_ints(params.allowed_token_ids or ()),
-            word_sizes=_ints(map(len, words)),
-            bad_ids=_ints(chain.from_iterable(words)),
-            stop=_ints(stop),
-        )
-
-
-def _ints(values: Iterable[int]) -> Ints:
-    return np.fromiter(values, np.int32)
-
-
-_NO_LISTS = _Lists(
-    bias_ids=_ints(()),
-    bias_values=np.zeros(0, np.float32),
-    allowed=_ints(()),
-    word_sizes=_ints(()),
-    bad_ids=_ints(()),
-    stop=_ints(()),
-)
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether what was seen or drawn before changes the request's logits."""
+    return (
+        params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+    )
 
 
 class LogitParamsTable:
@@ -81,7 +40,7 @@ class LogitParamsTable:
         self._frequency = np.zeros(num_rows, np.float32)
         self._presence = np.zeros(num_rows, np.float32)
         self._min_tokens = np.zeros(num_rows, np.int32)
-        self._lists = [_NO_LISTS] * num_rows
+        self._lists = [NO_LISTS] * num_rows
         self._packed: LogitParams | None = None
 
     def set(self, row: int, params: SamplingParams) -> None:
@@ -90,21 +49,16 @@ class LogitParamsTable:
         self._frequency[row] = params.frequency_penalty
         self._presence[row] = params.presence_penalty
         self._min_tokens[row] = params.min_tokens
-        lists = _Lists.of(params)
-        has_penalty = (
-            params.repetition_penalty != 1.0
-            or params.frequency_penalty != 0.0
-            or params.presence_penalty != 0.0
-        )
-        self.is_active[row] = has_penalty or lists is not _NO_LISTS
+        lists = TokenLists.of(params)
+        self.is_active[row] = has_penalty(params) or lists is not NO_LISTS
         self._set_lists(row, lists)
 
     def clear(self, row: int) -> None:
         """Forgets the row's request."""
         self.is_active[row] = False
-        self._set_lists(row, _NO_LISTS)
+        self._set_lists(row, NO_LISTS)
 
-    def _set_lists(self, row: int, lists: _Lists) -> None:
+    def _set_lists(self, row: int, lists: TokenLists) -> None:
         if lists is not self._lists[row]:
             self._lists[row] = lists
             self._packed = None
@@ -112,7 +66,7 @@ class LogitParamsTable:
     def packed(self) -> LogitParams:
         """All rows' parameters as the kernel reads them."""
         if self._packed is None:
-            word_sizes = [lists.word_sizes for lists in self._lists]
+            lists = {name: torch.from_numpy(x) for name, x in pack(self._lists).items()}
             self._packed = LogitParams(
                 token_ids=self._token_ids,
                 num_prompt_tokens=self._num_prompt_tokens,
@@ -121,28 +75,6 @@ class LogitParamsTable:
                 frequency_penalty=torch.from_numpy(self._frequency),
                 presence_penalty=torch.from_numpy(self._presence),
                 min_tokens=torch.from_numpy(self._min_tokens),
-                bias_starts=self._starts("bias_ids"),
-                bias_ids=self._joined("bias_ids"),
-                bias_values=self._joined("bias_values"),
-                allowed_starts=self._starts("allowed"),
-                allowed_ids=self._joined("allowed"),
-                bad_starts=self._starts("word_sizes"),
-                word_starts=_running_sums(np.concatenate(word_sizes)),
-                bad_ids=self._joined("bad_ids"),
-                stop_starts=self._starts("stop"),
-                stop_ids=self._joined("stop"),
+                **lists,
             )
         return self._packed
-
-    def _starts(self, name: str) -> Tensor:
-        return _running_sums(np.array([len(getattr(lists, name)) for lists in self._lists]))
-
-    def _joined(self, name: str) -> Tensor:
-        parts: list[npt.NDArray[Any]] = [getattr(lists, name) for lists in self._lists]
-        return torch.from_numpy(np.concatenate(parts))
-
-
-def _running_sums(sizes: npt.NDArray[Any]) -> Tensor:
-    sums = np.zeros(len(sizes) + 1, np.int32)
-    np.cumsum(sizes, out=sums[1:])
-    return torch.from_numpy(sums)
