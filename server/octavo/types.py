@@ -159,6 +159,9 @@ class ModelOutput:
     logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     prompt_logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)  # these requests failed, alone
+    # Blocks that this step loaded, and the host tier's copy was not what had been saved. What was
+    # computed on them is void: the scheduler starts those requests anew.
+    damaged_blocks: tuple[int, ...] = ()
     worker: WorkerStats | None = None
 
 
