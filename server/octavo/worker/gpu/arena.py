@@ -86,6 +86,10 @@ class RequestArena:
     def column(self, name: str) -> Column:
         return self._columns[name]
 
+    def row_words(self, name: str) -> int:
+        """Words from one row of a column to the next."""
+        return self._columns[name].row_words
+
     def offset(self, name: str, row: int, *, start: int = 0) -> int:
         """Word of the arena at which value ``start`` of a row lies."""
         column = self._columns[name]

@@ -1,0 +1,183 @@
+"""The host's account of the rows on the GPU: who has which, and every count. Knows no token drawn.
+
+The scheduler's diffs are applied here and staged for the device at once. Counts run ahead of the
+device: a step that will draw a token has it counted when the step is launched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.types import NewRequest, SamplingParams, SchedulerOutput
+from octavo.worker.gpu.buffers import StepSizes
+from octavo.worker.gpu.upload import Upload
+
+Ints = npt.NDArray[np.int32]
+Rows = npt.NDArray[np.int64]
+
+_log = logging.getLogger(__name__)
+
+
+class RowParams(Protocol):
+    """Who keeps the sampling parameters of rows; `GpuSampler` is one."""
+
+    def set_row(self, row: int, params: SamplingParams, upload: Upload) -> None:
+        """Takes over the parameters of the request that now has the row."""
+
+    def clear_row(self, row: int) -> None:
+        """Forgets the row's request; stages nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """R requests of a step, packed one after the other (T tokens), S of which draw a token."""
+
+    request_ids: list[str]  # R
+    rows: Rows  # [R]
+    serials: Rows  # [R]: tells one holder of a row from the next
+    starts: Ints  # [R] position of the first token
+    query_ends: Ints  # [R] place in [0, T) behind the last token
+    seq_lens: Ints  # [R]
+    num_tokens: int  # T
+    max_query_len: int
+    samples: Rows  # [S] places in [0, R) of requests whose known tokens end in this step
+    sample_rows: Rows  # [S]
+    sample_tokens: Ints  # [S] places in [0, T) of their last tokens
+    sample_positions: Ints  # [S] of the tokens to draw
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+
+class GpuRequestTable:
+    """Rows of live requests, kept by the scheduler's diffs.
+
+    Of row r, the device knows tokens [0, num_tokens[r]) once the steps launched so far have run;
+    the K/V of [0, num_computed[r]) are then in its blocks, ``block_tables[r]``.
+    """
+
+    def __init__(self, *, sizes: StepSizes, params: RowParams) -> None:
+        num_rows = sizes.max_num_seqs
+        self._block_size = sizes.block_size
+        self._params = params
+        self.block_tables = np.zeros((num_rows, sizes.max_blocks), np.int32)
+        self.num_blocks = np.zeros(num_rows, np.int32)
+        self.num_prompt_tokens = np.zeros(num_rows, np.int32)
+        self.num_tokens = np.zeros(num_rows, np.int32)
+        self.num_computed = np.zeros(num_rows, np.int32)
+        self.serials = np.full(num_rows, -1, np.int64)
+        # How many likely tokens to tell of each prompt position; negative: no scores wanted.
+        self.num_prompt_scores = np.full(num_rows, -1, np.int32)
+        self.failed: dict[int, str] = {}  # serial -> message
+        self._token_ids: list[tuple[int, ...]] = [()] * num_rows
+        self._row_of: dict[str, int] = {}
+        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._next_serial = 0
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def row(self, request_id: str) -> int:
+        return self._row_of[request_id]
+
+    def token_ids(self, row: int) -> tuple[int, ...]:
+        """The row's tokens as it came: its prompt, and what it had drawn before a preemption."""
+        return self._token_ids[row]
+
+    def apply(self, step: SchedulerOutput, upload: Upload) -> None:
+        """Applies a step's diffs in the documented order: finished, new, blocks."""
+        for request_id in step.finished_request_ids:
+            self._remove(request_id)
+        for request in step.new_requests:
+            self._remove(request.request_id)
+            self._add(request, upload)
+        if step.new_block_ids:
+            self._append_blocks(step.new_block_ids, upload)
+
+    def batch(self, step: SchedulerOutput) -> StepBatch:
+        """The batch of a step whose diffs are applied; counts it as run."""
+        request_ids = list(step.num_scheduled_tokens)
+        size = len(request_ids)
+        rows = np.fromiter(map(self._row_of.__getitem__, request_ids), np.int64, size)
+        counts = np.fromiter(step.num_scheduled_tokens.values(), np.int32, size)
+        starts = self.num_computed[rows]
+        known = self.num_tokens[rows]
+        seq_lens = starts + counts
+        assert (counts > 0).all() and (seq_lens <= known).all(), "scheduled past the known tokens"
+        num_slots = self.num_blocks[rows] * self._block_size
+        assert (seq_lens <= num_slots).all(), "tokens without a block"
+        query_ends = np.cumsum(counts, dtype=np.int32)
+        samples = np.flatnonzero(seq_lens == known)
+        sample_rows = rows[samples]
+        self.num_computed[rows] = seq_lens
+        self.num_tokens[sample_rows] += 1
+        return StepBatch(
+            request_ids=request_ids,
+            rows=rows,
+            serials=self.serials[rows],
+            starts=starts,
+            query_ends=query_ends,
+            seq_lens=seq_lens,
+            num_tokens=int(query_ends[-1]) if size else 0,
+            max_query_len=int(counts.max(initial=0)),
+            samples=samples,
+            sample_rows=sample_rows,
+            sample_tokens=query_ends[samples] - 1,
+            sample_positions=known[samples],
+        )
+
+    def _add(self, request: NewRequest, upload: Upload) -> None:
+        assert self._free_rows, "more live requests than max_num_seqs"
+        row = self._free_rows.pop()
+        self._row_of[request.request_id] = row
+        self.serials[row] = self._next_serial
+        self._next_serial += 1
+        self._token_ids[row] = request.token_ids
+        num_tokens, num_blocks = len(request.token_ids), len(request.block_ids)
+        self.num_tokens[row] = num_tokens
+        self.num_prompt_tokens[row] = request.num_prompt_tokens
+        self.num_computed[row] = request.num_computed_tokens
+        self.num_blocks[row] = num_blocks
+        self.block_tables[row, :num_blocks] = request.block_ids
+        wanted = request.params.prompt_logprobs
+        self.num_prompt_scores[row] = -1 if wanted is None else wanted
+        upload.put("token_ids", row, request.token_ids)
+        upload.put("block_tables", row, self.block_tables[row, :num_blocks])
+        upload.put("num_prompt_tokens", row, request.num_prompt_tokens)
+        upload.put("num_tokens", row, num_tokens)
+        try:
+            self._params.set_row(row, request.params, upload)
+        except Exception as error:  # whatever it is, it must not take other requests with it
+            _log.error("request %s has no parameters", request.request_id, exc_info=error)
+            self._params.clear_row(row)
+            message = f"its sampling parameters cannot be applied ({type(error).__name__})"
+            self.failed[int(self.serials[row])] = message
+
+    def _append_blocks(self, new: Mapping[str, tuple[int, ...]], upload: Upload) -> None:
+        rows = np.fromiter(map(self._row_of.__getitem__, new), np.int64, len(new))
+        lengths = np.fromiter(map(len, new.values()), np.int32, len(new))
+        blocks = np.fromiter(chain.from_iterable(new.values()), np.int32)
+        starts = self.num_blocks[rows]
+        # Place i of `blocks` goes to starts[r] + i - (values of the requests before r).
+        ends = np.cumsum(lengths, dtype=np.int32)
+        places = np.arange(len(blocks)) + np.repeat(starts - ends + lengths, lengths)
+        self.block_tables[np.repeat(rows, lengths), places] = blocks
+        self.num_blocks[rows] = starts + lengths
+        upload.put_many("block_tables", rows, starts=starts, lengths=lengths, values=blocks)
+
+    def _remove(self, request_id: str) -> None:
+        row = self._row_of.pop(request_id, None)
+        if row is None:
+            return
+        self.serials[row] = -1
+        self._token_ids[row] = ()
+        self._params.clear_row(row)
+        self._free_rows.append(row)
