@@ -80,6 +80,22 @@ def collecting() -> Iterator[list[Launch]]:
         _collected.reset(token)
 
 
+class _Dropped(list[Launch]):
+    def append(self, _: Launch) -> None:
+        return
+
+
+@contextlib.contextmanager
+def dropping() -> Iterator[None]:
+    """Launches inside are neither run nor listed: of ops on tensors of device "meta", what is left
+    is the memory that they ask for."""
+    token = _collected.set(_Dropped())
+    try:
+        yield
+    finally:
+        _collected.reset(token)
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit` for a kernel: no integer argument decides what is compiled."""
     # Parameters without a constexpr annotation; tensors among them are specialised on alignment

@@ -6,8 +6,9 @@ table and on whether a CUDA graph is being captured.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -373,6 +374,21 @@ def prove_cublas(
         differing += [(n, k, count) for count in rows if count not in good]
         _proven.setdefault((x.device, n, k, dtype), set()).update(good)
     return differing
+
+
+@contextlib.contextmanager
+def assuming_cublas(
+    shapes: Iterable[tuple[int, int]], dtype: torch.dtype, *, rows: int
+) -> Iterator[None]:
+    """Inside, `linear` on tensors of device "meta" asks for the memory that it would with all of
+    these weights [N, K] proven at that number of rows."""
+    before = dict(_proven)
+    _proven.update({(torch.device("meta"), n, k, dtype): {rows} for n, k in shapes})
+    try:
+        yield
+    finally:
+        _proven.clear()
+        _proven.update(before)
 
 
 def _agrees(x: Tensor, weight: Tensor) -> bool:
