@@ -67,6 +67,8 @@ def _kind(arg: Any) -> str:
 
 
 _collected: ContextVar[list[Launch] | None] = ContextVar("collected", default=None)
+# The tensors of a launch are not kept: its key is what is recorded.
+_recorded: ContextVar[set[tuple[Any, ...]] | None] = ContextVar("recorded", default=None)
 
 
 @contextlib.contextmanager
@@ -96,6 +98,20 @@ def dropping() -> Iterator[None]:
         _collected.reset(token)
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[set[tuple[Any, ...]]]:
+    """Keys (`Launch.key`) of the launches inside, which run; of this thread alone.
+
+    Early launches are recorded as such also where they become plain ones under the interpreter.
+    """
+    keys: set[tuple[Any, ...]] = set()
+    token = _recorded.set(keys)
+    try:
+        yield keys
+    finally:
+        _recorded.reset(token)
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit` for a kernel: no integer argument decides what is compiled."""
     # Parameters without a constexpr annotation; tensors among them are specialised on alignment
@@ -122,6 +138,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if collected is not None:
         collected.append(Launch(kernel=kernel, args=args, options=options))
         return
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.add(Launch(kernel=kernel, args=args, options=options).key)
     if isinstance(kernel, InterpretedFunction):
         _make_plain(options)
     kernel[grid](*args, **options)

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from octavo_kernels import compiling, device
-from octavo_kernels.launch import Launch, collecting, launch
+from octavo_kernels.launch import Launch, collecting, launch, recording
 from octavo_kernels.testing import gpu_device
 
 HERE = Path(__file__).parent
@@ -66,6 +66,18 @@ def test_collecting_lists_and_does_not_run() -> None:
     assert not out.any()
     assert inner[0].name == "scale_rows"
     assert inner[0].options == {"D": 8, "BLOCK": 8, "enable_fp_fusion": False}
+
+
+def test_recording_lists_what_runs() -> None:
+    x = torch.ones(4, 8, device=gpu_device())
+    with recording() as keys:
+        assert torch.equal(scaled(x, 2.0), 2 * x)
+        scaled(x[:2], 3.0)
+        scaled(x[:0], 3.0)
+    assert keys == {collected(torch.empty(3, 8, device="meta")).key}
+    with recording() as keys:
+        scaled(x, 3.0, launch_pdl=True)
+    assert keys == {collected(torch.empty(3, 8, device="meta"), launch_pdl=True).key}
 
 
 def test_the_key_is_what_is_compiled() -> None:
