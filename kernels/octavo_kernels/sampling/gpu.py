@@ -160,12 +160,14 @@ def sample(
     seeds: Tensor,
     positions: Tensor,
     workspace: GpuWorkspace | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token per row: (tokens [S] int64, status [S] int32), the CPU op's for the same logits.
 
     logits: [S, V] float32, bfloat16 or float16. temperature, top_p, min_p: [S] float32; top_k:
     [S] int32; seeds, positions: [S] int64, all on the logits' device. Which way a row takes is
-    decided on the GPU. Raises ValueError for other shapes or dtypes.
+    decided on the GPU. out: where tokens and status go. Raises ValueError for other shapes or
+    dtypes.
     """
     check_logits("sample", logits)
     num_rows, vocab_size = logits.shape
@@ -175,8 +177,13 @@ def sample(
     check_column("sample", logits, "top_k", top_k, torch.int32, num_rows)
     check_column("sample", logits, "seeds", seeds, torch.int64, num_rows)
     check_column("sample", logits, "positions", positions, torch.int64, num_rows)
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    status = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    if out is None:
+        tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+        status = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    else:
+        tokens, status = out
+        check_column("sample", logits, "out[0]", tokens, torch.int64, num_rows)
+        check_column("sample", logits, "out[1]", status, torch.int32, num_rows)
     work = workspace
     if work is None:
         work = GpuWorkspace.create(

@@ -193,7 +193,7 @@ def apply_logit_params(
         num_rows,
         params.num_slots,
         lists.token_ids.shape[1],
-        min(len(ids) for ids in (lists.bias_ids, lists.bad_ids, lists.stop_ids)),
+        *(ids.shape[0] for ids in (lists.bias_ids, lists.bad_ids, lists.stop_ids)),
         VOCAB=vocab_size,
         BLOCK=128,
         num_warps=4,

@@ -172,17 +172,19 @@ def edit_rows(
     num_tokens_ptr,  # [N] int32
     min_tokens_ptr,  # [N] int32
     bias_starts_ptr,  # [N + 1] int32
-    bias_ids_ptr,  # [capacity] int32, no token twice in a slot
-    bias_values_ptr,  # [capacity] float32
+    bias_ids_ptr,  # [bias_capacity] int32, no token twice in a slot
+    bias_values_ptr,  # [bias_capacity] float32
     bad_starts_ptr,  # [N + 1] int32
     word_starts_ptr,  # [words + 1] int32
-    bad_ids_ptr,  # [capacity] int32
+    bad_ids_ptr,  # [bad_capacity] int32
     stop_starts_ptr,  # [N + 1] int32
-    stop_ids_ptr,  # [capacity] int32
+    stop_ids_ptr,  # [stop_capacity] int32
     num_rows,
     num_slots,
     max_tokens,
-    capacity,
+    bias_capacity,
+    bad_capacity,
+    stop_capacity,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -193,21 +195,21 @@ def edit_rows(
     row_ptr = logits_ptr + row * VOCAB
     if (row >= 0) & (row < num_rows) & (slot >= 0) & (slot < num_slots):
         num_prompt, num_tokens = _lengths(num_prompt_ptr, num_tokens_ptr, slot, max_tokens)
-        first, end = _part(bad_starts_ptr, slot, capacity)
+        first, end = _part(bad_starts_ptr, slot, bad_capacity)
         output_ptr = token_ids_ptr + slot * max_tokens + num_prompt
         _forbid_bad_words(
             row_ptr, output_ptr, num_tokens - num_prompt, first, end, word_starts_ptr,
-            bad_ids_ptr, capacity, VOCAB, BLOCK,
+            bad_ids_ptr, bad_capacity, VOCAB, BLOCK,
         )  # fmt: skip
         if num_tokens - num_prompt < tl.load(min_tokens_ptr + slot):
-            start, end = _part(stop_starts_ptr, slot, capacity)
+            start, end = _part(stop_starts_ptr, slot, stop_capacity)
             while start < end:
                 at = start + lanes
                 token = tl.load(stop_ids_ptr + at, mask=at < end, other=-1)
                 _forbid(row_ptr, token, at < end, VOCAB)
                 start += BLOCK
         tl.debug_barrier()
-        start, end = _part(bias_starts_ptr, slot, capacity)
+        start, end = _part(bias_starts_ptr, slot, bias_capacity)
         while start < end:
             at = start + lanes
             token = tl.load(bias_ids_ptr + at, mask=at < end, other=-1)
