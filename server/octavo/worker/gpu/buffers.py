@@ -83,6 +83,7 @@ class StepBuffers:
     block_tables: Tensor  # [R, max_blocks] int32, in the order of the batch
     hidden: Tensor  # [T, D]
     logits: Tensor  # [R, V] float32
+    results: Tensor  # int32: `sampled`, then `status`; one copy brings both to the host
     sampled: Tensor  # [R] int64
     status: Tensor  # [R] int32
 
@@ -95,6 +96,7 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         words = ints(num_words)
+        results = ints(padded(2 * num_requests) + num_requests)
         return cls(
             sizes=sizes,
             words=words,
@@ -105,8 +107,9 @@ class StepBuffers:
             block_tables=ints(num_requests, sizes.max_blocks),
             hidden=torch.zeros(num_tokens, sizes.hidden_size, dtype=sizes.dtype, device=device),
             logits=torch.zeros(num_requests, sizes.vocab_size, device=device),
-            sampled=torch.zeros(num_requests, dtype=torch.int64, device=device),
-            status=ints(num_requests),
+            results=results,
+            sampled=results[: 2 * num_requests].view(torch.int64),
+            status=results[-num_requests:],
         )
 
     def blank_batch(self) -> None:
