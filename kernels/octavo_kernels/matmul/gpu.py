@@ -301,7 +301,9 @@ def _takes_cublas(x: Tensor, weight: Tensor, out: Tensor, gated: bool) -> bool:
         return False
     if any(tensor.data_ptr() % _CUBLAS_ALIGNMENT for tensor in (x, weight, out)):
         return False
-    return num_rows >= EAGER_CUBLAS_ROWS or torch.cuda.is_current_stream_capturing()
+    if num_rows >= EAGER_CUBLAS_ROWS or x.device.type == "meta":
+        return True
+    return torch.cuda.is_current_stream_capturing()
 
 
 def by_cublas(
