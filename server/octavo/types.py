@@ -219,6 +219,7 @@ class StepStats:
     damaged_blocks: int = 0  # loaded, and not what had been saved
     preemptions: int = 0
     host_seconds: float = 0.0  # schedule + update, outside the model
+    worker: WorkerStats | None = None
 
     @property
     def kv_cache_usage(self) -> float:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
 from octavo.engine.core import STEP_FAILED
 from octavo.engine.fake import fake_token
-from octavo.types import EngineRequest, FinishReason, ModelOutput, SamplingParams, SchedulerOutput
+from octavo.types import (
+    EngineRequest,
+    FinishReason,
+    ModelOutput,
+    SamplingParams,
+    SchedulerOutput,
+    WorkerStats,
+)
 from tests.scheduler.driver import Driver
 
 
 def spy(d: Driver) -> list[str]:
     """The order of the executor's calls from now on."""
     calls: list[str] = []
-    submit, collect = d.executor.submit, d.executor.collect
+    executor = d.executor
+    submit, collect = executor.submit, executor.collect
 
     class Spy:
         def submit(self, step: SchedulerOutput) -> None:
@@ -26,6 +35,9 @@ def spy(d: Driver) -> list[str]:
             output = collect()
             calls.append(f"collect {output.step}")
             return output
+
+        def use_idle_time(self) -> bool:
+            return executor.use_idle_time()
 
         def close(self) -> None:
             calls.append("close")
@@ -153,6 +165,9 @@ def test_a_step_that_cannot_be_submitted_has_failed() -> None:
         def collect(self) -> ModelOutput:
             return executor.collect()
 
+        def use_idle_time(self) -> bool:
+            return executor.use_idle_time()
+
         def close(self) -> None:
             executor.close()
 
@@ -196,3 +211,25 @@ def test_fake_tokens_depend_on_seed_and_position_alone() -> None:
     tokens = {(s, p): fake_token(s, p, vocab_size=10**6) for s in range(9) for p in range(9)}
     assert len(set(tokens.values())) == len(tokens)
     assert tokens[3, 4] == fake_token(3, 4, vocab_size=10**6)
+
+
+def test_what_the_worker_counted_goes_out_with_its_step() -> None:
+    d = Driver(max_inflight=2)
+    d.add("a", 4, max_tokens=2)
+    executor = d.executor
+    counted = {0: WorkerStats(eager_steps=1, kernel_compiles=2)}
+
+    class Counts:
+        submit, close = executor.submit, executor.close
+
+        def collect(self) -> ModelOutput:
+            output = executor.collect()
+            return replace(output, worker=counted.get(output.step))
+
+        def use_idle_time(self) -> bool:
+            return True
+
+    d.core._executor = Counts()
+    told = [d.core.step().stats, d.core.step().stats]
+    assert [stats and stats.worker for stats in told] == [counted[0], None]
+    assert d.core.use_idle_time()

@@ -16,6 +16,7 @@ from octavo.types import (
     RequestTimes,
     SamplingParams,
     StepStats,
+    WorkerStats,
 )
 
 INFO = EngineInfo(
@@ -75,6 +76,7 @@ def scripted() -> dict[str, float]:
         prefix_cache_hits=16,
         preemptions=1,
         host_seconds=0.0004,
+        worker=WorkerStats(graph_steps=3, eager_steps=2, graphs_captured=4, kernel_compiles=1),
     )
     first = EngineOutput(request_id="a-0", new_token_ids=(1,), num_cached_tokens=16)
     metrics.on_outputs(EngineOutputs(outputs=(first,), stats=stats), 10.3)
@@ -135,6 +137,10 @@ EXPECTED = {
     "octavo:kv_blocks{state=cached}": 5,
     "octavo:kv_blocks{state=owned}": 25,
     "octavo:kv_wasted_slots": 9,
+    "octavo:forward_passes_total{how=graph}": 6,
+    "octavo:forward_passes_total{how=eager}": 4,
+    "octavo:graphs_captured_total": 8,
+    "octavo:kernel_compiles_after_ready_total": 2,
     "octavo:step_host_seconds_sum": 0.0008,
     "octavo:ready_seconds{phase=load}": 1.5,
     "http_requests_total{handler=/v1/completions}{method=POST}{status=2xx}": 1,

@@ -18,6 +18,7 @@ from octavo.types import (
     EngineRequest,
     FinishReason,
     RequestTimes,
+    WorkerStats,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class EngineCore:
         self._num_failed_steps = 0
         self._pending: list[EngineOutput] = []  # what happened between steps
         self._host_seconds = 0.0
+        self._worker_stats: WorkerStats | None = None
 
     @property
     def has_work(self) -> bool:
@@ -96,8 +98,15 @@ class EngineCore:
         if self._num_inflight:
             outputs += self._collect()
         host_seconds, self._host_seconds = self._host_seconds, 0.0
-        stats = self.scheduler.stats(self._clock.now(), host_seconds=host_seconds)
+        worker, self._worker_stats = self._worker_stats, None
+        now = self._clock.now()
+        stats = self.scheduler.stats(now, host_seconds=host_seconds, worker=worker)
         return EngineOutputs(outputs=tuple(outputs), stats=stats)
+
+    def use_idle_time(self) -> bool:
+        """Does a short piece of the executor's work that waits for idle times; False if none is
+        left. To be called while there is nothing else to do."""
+        return self._executor.use_idle_time()
 
     def close(self) -> None:
         """Frees the device; requests still alive get no further output."""
@@ -124,6 +133,7 @@ class EngineCore:
         except Exception as error:
             return self._fail_step(error, newest=False)
         self._num_failed_steps = 0
+        self._worker_stats = output.worker
         began = self._clock.now()
         outputs = self.scheduler.update(output, began)
         self._host_seconds += self._clock.now() - began

@@ -60,7 +60,8 @@ def _run(arguments: EngineArguments, end: ipc.EngineEnd) -> int:
     end.send(ipc.Ready(info))
     try:
         while True:
-            for message in end.receive(wait=not core.has_work):
+            is_idle = not core.has_work and not core.use_idle_time()
+            for message in end.receive(wait=is_idle):
                 if isinstance(message, ipc.AddRequests):
                     for request in message.requests:
                         core.add_request(request)

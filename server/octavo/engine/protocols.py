@@ -22,6 +22,9 @@ class Executor(Protocol):
         """Result of the oldest submitted step; waits for it. A request that failed alone is in
         ``errors``; an exception means the step as a whole failed."""
 
+    def use_idle_time(self) -> bool:
+        """Does a short piece of work that waits for idle times; False if none is left."""
+
     def close(self) -> None:
         """Waits for what is running and frees the device."""
 

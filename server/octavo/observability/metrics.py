@@ -22,6 +22,7 @@ from octavo.types import (
     FinishReason,
     RequestTimes,
     StepStats,
+    WorkerStats,
 )
 
 _ENGINE_LABELS = ("model_name", "engine")
@@ -151,6 +152,11 @@ TABLE: Mapping[str, Row] = {
     "octavo:kv_wasted_slots": _gauge("Token places allocated to running requests and not filled."),
     "octavo:step_host_seconds": _histogram("Time per step outside the model.", _HOST),
     "octavo:steps": _counter("Steps run."),
+    "octavo:forward_passes": _counter("Forward passes on a GPU, by how: graph, eager.", "how"),
+    "octavo:graphs_captured": _counter("Graphs captured since the server was ready."),
+    "octavo:kernel_compiles_after_ready": _counter(
+        "Kernels compiled, or loaded from the compiler's cache, since the server was ready."
+    ),
     "octavo:ready_seconds": _gauge("Seconds each phase of the start took.", "phase"),
     "octavo:build": _gauge("Always 1; the version is a label.", "version"),
 }
@@ -216,6 +222,8 @@ class Metrics:
         for source in ("local_compute", "local_cache_hit"):
             self._labelled("vllm:prompt_tokens_by_source", source=source)
         self._labelled("vllm:admission_rejections", reason="max_num_queued_reqs")
+        for how in ("graph", "eager"):
+            self._labelled("octavo:forward_passes", how=how)
         self._labelled("octavo:build", version=__version__).set(1)
         for phase, seconds in (start_phases or info.phases).items():
             self._labelled("octavo:ready_seconds", phase=phase).set(seconds)
@@ -280,6 +288,8 @@ class Metrics:
         if outputs.stats is not None:
             self._on_stats(outputs.stats)
             self._count_step(outputs.stats)
+            if outputs.stats.worker is not None:
+                self._count_work(outputs.stats.worker)
 
     def _on_output(self, track: _Track, output: EngineOutput, now: float) -> None:
         num_new = len(output.new_token_ids)
@@ -336,6 +346,12 @@ class Metrics:
         self._labelled("octavo:kv_blocks", state="cached").set(stats.num_cached_blocks)
         self._labelled("octavo:kv_blocks", state="owned").set(stats.num_owned_blocks)
         plain["octavo:kv_wasted_slots"].set(stats.num_wasted_slots)
+
+    def _count_work(self, worker: WorkerStats) -> None:
+        for how, count in (("graph", worker.graph_steps), ("eager", worker.eager_steps)):
+            self._labelled("octavo:forward_passes", how=how).inc(count)
+        self._plain["octavo:graphs_captured"].inc(worker.graphs_captured)
+        self._plain["octavo:kernel_compiles_after_ready"].inc(worker.kernel_compiles)
 
     def _count_step(self, stats: StepStats) -> None:
         plain = self._plain

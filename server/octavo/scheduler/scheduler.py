@@ -27,6 +27,7 @@ from octavo.types import (
     SchedulerOutput,
     StepStats,
     TokenLogprobs,
+    WorkerStats,
 )
 
 
@@ -197,7 +198,9 @@ class Scheduler:
         self._void(plans, victims - suspects)
         return outputs
 
-    def stats(self, now: float, *, host_seconds: float = 0.0) -> StepStats:
+    def stats(
+        self, now: float, *, host_seconds: float = 0.0, worker: WorkerStats | None = None
+    ) -> StepStats:
         """The state now, and the counters since the last call, which it sets to zero."""
         live, pool, counters = self._live, self._kv.pool, self._live.counters
         live.counters = Counters()
@@ -221,6 +224,7 @@ class Scheduler:
             prefix_cache_hits=counters.prefix_cache_hits,
             preemptions=counters.preemptions,
             host_seconds=host_seconds,
+            worker=worker,
         )
 
     def check_invariants(self) -> None:

@@ -36,6 +36,9 @@ class InlineExecutor:
         assert self._waiting, "collect without submit"
         return self._runner.execute(self._waiting.popleft())
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def close(self) -> None:
         self._waiting.clear()
 
@@ -72,6 +75,9 @@ class ThreadExecutor:
         if isinstance(result, BaseException):
             raise result
         return result
+
+    def use_idle_time(self) -> bool:
+        return False
 
     def close(self) -> None:
         """Waits for submitted steps; their results are dropped."""
