@@ -37,6 +37,8 @@ class ModelShape:
     num_drafts: int = 0  # tokens a step may verify beside its own
     has_qk_norm: bool = False
     has_qkv_bias: bool = False
+    has_output_bias: bool = False  # of attention
+    has_mlp_bias: bool = False
     norm_offset: int = 0  # 1: the weight is stored less one
     sliding_window: int = 0  # 0: none; else layers with and without it are compiled
     soft_cap: float = 0.0

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"types", "config", "engine", "text", "observability", "checkpoint"},
     "attention": {"types", "config"},
     "sampling": {"types", "config"},
-    "platforms": {"types", "config", "attention"},
+    "platforms": {"types", "config", "checkpoint", "attention"},
     "layers": {"types", "config", "attention", "platforms"},
     "models": {"types", "config", "checkpoint", "attention", "platforms", "layers"},
     "worker": {

@@ -34,10 +34,13 @@ class TritonAttention:
     Nothing is read back from the device. Layers of one pass share their plan, made by the first of
     them: a pass ends when other metadata comes, or a layer's cache a second time. So a CUDA graph
     captures its own plan even if the same metadata ran before.
+
+    use_pdl: kernels that can start while their predecessors still run, where the GPU can.
     """
 
-    def __init__(self, device: torch.device | str = "cuda") -> None:
+    def __init__(self, device: torch.device | str = "cuda", *, use_pdl: bool = False) -> None:
         self._device = torch.device(device)
+        self._use_pdl = use_pdl
         self._pass: _Pass | None = None
 
     def allocate(self, spec: KVCacheSpec, *, num_blocks: int) -> list[KVLayer]:
@@ -69,6 +72,7 @@ class TritonAttention:
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=layer.eps,
+            use_pdl=self._use_pdl,
         )
         return paged_attention(
             q_TNH,
