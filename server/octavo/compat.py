@@ -50,16 +50,13 @@ def _refused(
     ]
 
 
-_COMPILED = "nothing is compiled or captured while serving"
+_COMPILED = "kernels are compiled before the server is ready, and not tuned otherwise"
 _LOGS = "logging has fewer switches here"
 _GPU = "the engine runs on one device"
 
 FOREIGN_FLAGS: tuple[ForeignFlag, ...] = (
     # ---- accepted, with a warning: no result depends on them
-    *_ignored("--enforce-eager", _COMPILED, nargs=0),
     *_ignored("--compilation-config --optimization-level --performance-mode", _COMPILED),
-    *_ignored("--max-cudagraph-capture-size", _COMPILED),
-    *_ignored("--cudagraph-capture-sizes", _COMPILED, nargs="*"),
     *_ignored("--enable-chunked-prefill --no-enable-chunked-prefill", "always on", nargs=0),
     *_ignored("--swap-space", "preempted requests are recomputed"),
     *_ignored("--cpu-offload-gb", "the model is held where it runs"),
@@ -68,7 +65,7 @@ FOREIGN_FLAGS: tuple[ForeignFlag, ...] = (
     *_ignored("--model-impl", "each architecture has one implementation"),
     *_ignored("--attention-backend", "the device decides"),
     *_ignored("--prefix-caching-hash-algo", "always SHA-256"),
-    *_ignored("--max-seq-len-to-capture", _COMPILED),
+    *_ignored("--max-seq-len-to-capture", "graphs are captured for contexts of any length"),
     *_ignored("--disable-custom-all-reduce --enable-expert-parallel", _GPU, nargs=0),
     *_ignored("--distributed-executor-backend", _GPU),
     *_ignored("--disable-frontend-multiprocessing", "the engine has a process", nargs=0),

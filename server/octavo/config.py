@@ -131,9 +131,27 @@ class SchedulerConfig:
         "reject (503) requests when this many are already waiting; default no limit",
         minimum=0,
     )
+    enforce_eager: bool = _opt(False, "capture no CUDA graphs: launch every step by its kernels")
+    cudagraph_capture_sizes: tuple[int, ...] = _opt(
+        (), "tokens of the steps that get a CUDA graph; default 1 to 512 in growing distances"
+    )
+    max_cudagraph_capture_size: int | None = _opt(
+        None, "largest step that gets a CUDA graph; default 512", minimum=1
+    )
 
     def __post_init__(self) -> None:
         _check(self)
+        sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
+        for size in sizes:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(
+                    f"cudagraph_capture_sizes must be whole numbers of at least 1, got {size!r}"
+                )
+        if sizes and largest is not None and max(sizes) != largest:
+            raise ValueError(
+                "max_cudagraph_capture_size must be the largest of cudagraph_capture_sizes "
+                f"({max(sizes)}) where both are given, got {largest}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "kv_cache_memory_bytes": (["2GiB"], 2 * 2**30),
     "gpu_memory_utilization": (["0.5"], 0.5),
     "scheduling_policy": (["priority"], "priority"),
+    "cudagraph_capture_sizes": (["4", "1", "1k"], (4, 1, 1000)),
     "uvicorn_log_level": (["debug"], "debug"),
     "max_body_bytes": (["1M"], 2**20),
 }
@@ -125,6 +126,13 @@ WRONG = [
     (["--enable-lora"], "there are no LoRA adapters"),
     (["--trust-remote-code"], "code of model repositories is never run"),
     (["--speculative-config", "{}"], "no speculative decoding"),
+    (["--cudagraph-capture-sizes", "4", "0"], "whole numbers of at least 1, got 0"),
+    (["--cudagraph-capture-sizes", "4", "x"], "expected a whole number"),
+    (["--max-cudagraph-capture-size", "0"], "max_cudagraph_capture_size must be at least 1"),
+    (
+        ["--cudagraph-capture-sizes", "1", "8", "--max-cudagraph-capture-size", "4"],
+        "the largest of cudagraph_capture_sizes (8) where both are given, got 4",
+    ),
     (["--ssl-keyfile", "k"], "need --ssl-certfile"),
     (["--ssl-certfile", "/no/such"], "cannot use the TLS certificate and key /no/such"),
 ]
@@ -169,9 +177,9 @@ def test_foreign_flags_are_not_our_own() -> None:
 
 
 def test_warnings_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["serve", "--enforce-eager", "--port", "70000"])
+    code = main(["serve", "--performance-mode", "throughput", "--port", "70000"])
     assert code == 2
-    assert "warning: --enforce-eager has no effect" in capsys.readouterr().err
+    assert "warning: --performance-mode has no effect" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

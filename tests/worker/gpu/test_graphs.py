@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from octavo.config import SchedulerConfig
 from octavo.types import WorkerStats
 from octavo.worker.gpu.buffers import BatchWords, StepBuffers, StepSizes
 from octavo.worker.gpu.graphs import ForwardKey, GraphKey, GraphSizes, SamplingKey, StepGraphs
@@ -83,6 +85,17 @@ def test_sizes_asked_for_are_cut_to_what_steps_can_have() -> None:
     assert GraphSizes.of([1, 2], 8, 32) == GraphSizes(decode=(1, 2), sampling=(1, 2))
 
 
+def test_sizes_are_what_the_user_wants() -> None:
+    def sizes(**options: Any) -> GraphSizes:
+        config = SchedulerConfig(max_num_seqs=16, **options)
+        return GraphSizes.configured(config, max_num_tokens=64)
+
+    assert sizes() == GraphSizes.default(max_num_seqs=16, max_num_tokens=64)
+    assert sizes(enforce_eager=True) == GraphSizes()
+    assert sizes(cudagraph_capture_sizes=(2, 4)).decode == (2, 4)
+    assert sizes(max_cudagraph_capture_size=4).decode == (1, 2, 4)
+
+
 def test_without_sizes_everything_runs_as_it_comes() -> None:
     graphs, work, _, _ = _graphs(GraphSizes())
     assert _decode(graphs, 1) is None
@@ -110,6 +123,9 @@ def test_a_batch_is_padded_to_the_nearest_captured_graph() -> None:
     graphs.replay(key)
     assert work.done == [key]
     assert graphs.take_stats() == WorkerStats(graph_steps=3, eager_steps=2, graphs_captured=7)
+    assert graphs.take_stats() == WorkerStats()
+    assert _decode(graphs, 3) is not None
+    graphs.mark_ready()
     assert graphs.take_stats() == WorkerStats()
 
 
@@ -173,6 +189,18 @@ def test_a_capture_runs_on_a_batch_of_padding() -> None:
     assert (batch.sample_rows == -1).all()
     for zeros in (batch.query_start_loc, batch.seq_lens, batch.sample_tokens):
         assert not zeros.any()
+
+
+def test_compiles_are_counted_from_ready_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [5]
+    monkeypatch.setattr("octavo.worker.gpu.graphs.num_compiled", lambda: made[0])
+    graphs, _, _, _ = _graphs(GraphSizes())
+    made[0] = 7
+    graphs.mark_ready()
+    assert graphs.take_stats() == WorkerStats()
+    made[0] = 10
+    assert graphs.take_stats() == WorkerStats(kernel_compiles=3)
+    assert graphs.take_stats() == WorkerStats()
 
 
 def test_more_requests_than_tokens_is_a_mistake() -> None:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from octavo.config import SchedulerConfig
 from octavo.types import WorkerStats
 from octavo.worker.gpu.buffers import StepBuffers
 from octavo.worker.gpu.runtime import Graph, Runtime
+from octavo_kernels.compile_count import num_compiled
 
 # A batch may be padded to a captured graph this many times the size that was made for it.
 _MOST_PADDING = 2
@@ -63,10 +65,23 @@ class GraphSizes:
     sampling: tuple[int, ...] = ()
 
     @classmethod
+    def configured(cls, config: SchedulerConfig, *, max_num_tokens: int) -> GraphSizes:
+        """As the user wants it: none, these, or the default ones."""
+        if config.enforce_eager:
+            return cls()
+        if config.cudagraph_capture_sizes:
+            return cls.of(config.cudagraph_capture_sizes, config.max_num_seqs, max_num_tokens)
+        return cls.default(
+            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            largest=config.max_cudagraph_capture_size,
+        )
+
+    @classmethod
     def default(
         cls, *, max_num_seqs: int, max_num_tokens: int, largest: int | None = None
     ) -> GraphSizes:
-        """Fine where a row more is a large part of the step. ``largest``: of any graph."""
+        """Fine where a row more is a large part of the step. ``largest``: of any, default 512."""
         largest = 512 if largest is None else largest
         steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest + 1, 32)]
         return cls.of([*(s for s in steps if s <= largest), largest], max_num_seqs, max_num_tokens)
@@ -112,10 +127,16 @@ class StepGraphs:
         self._work_of: Callable[[GraphKey], Callable[[], None]] | None = None
         self._next_wanted_at = self._next_other_at = 0.0
         self._num_replayed = self._num_eager = self._num_captured = 0
+        self._num_compiled = num_compiled()
 
     def bind(self, work_of: Callable[[GraphKey], Callable[[], None]]) -> None:
         """``work_of(key)`` does on static buffers what the graph is to do. Call it at start."""
         self._work_of = work_of
+
+    def mark_ready(self) -> None:
+        """What was done so far was part of the start, and is not counted."""
+        self._num_compiled = num_compiled()
+        self.take_stats()
 
     @property
     def num_missing(self) -> int:
@@ -180,10 +201,12 @@ class StepGraphs:
 
     def take_stats(self) -> WorkerStats:
         """What happened since the last call."""
+        before, self._num_compiled = self._num_compiled, num_compiled()
         stats = WorkerStats(
             graph_steps=self._num_replayed,
             eager_steps=self._num_eager,
             graphs_captured=self._num_captured,
+            kernel_compiles=self._num_compiled - before,
         )
         self._num_replayed = self._num_eager = self._num_captured = 0
         return stats
