@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 
+class DeviceLostError(RuntimeError):
+    """The device cannot compute any more, and its process must end; the message names the requests
+    of all steps in flight."""
+
+
 class FinishReason(StrEnum):
     """Why a request ended; the values are OpenAI's ``finish_reason`` strings, vLLM's labels."""
 

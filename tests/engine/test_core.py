@@ -10,6 +10,7 @@ import pytest
 from octavo.engine.core import STEP_FAILED
 from octavo.engine.fake import fake_token
 from octavo.types import (
+    DeviceLostError,
     EngineRequest,
     FinishReason,
     ModelOutput,
@@ -176,6 +177,29 @@ def test_a_step_that_cannot_be_submitted_has_failed() -> None:
     assert d.last("a").error == STEP_FAILED
     assert not d.scheduler.has_unfinished
     assert d.kv.num_available == 32
+
+
+@pytest.mark.parametrize("fails_at", ["submit", "collect"])
+def test_a_lost_device_is_raised_at_once(fails_at: str) -> None:
+    d = Driver(max_inflight=2)
+    d.add("a", 4, max_tokens=9)
+
+    executor = d.core._executor
+
+    class Breaks:
+        close, use_idle_time = executor.close, executor.use_idle_time
+
+        def submit(self, step: SchedulerOutput) -> None:
+            if fails_at == "submit":
+                raise DeviceLostError("the GPU failed; requests in flight: a")
+            executor.submit(step)
+
+        def collect(self) -> ModelOutput:
+            raise DeviceLostError("the GPU failed; requests in flight: a")
+
+    d.core._executor = Breaks()
+    with pytest.raises(DeviceLostError, match="requests in flight: a"):
+        d.core.step()
 
 
 def test_host_seconds_leave_out_the_model() -> None:

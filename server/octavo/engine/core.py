@@ -13,6 +13,7 @@ from octavo.clock import Clock
 from octavo.engine.protocols import Executor
 from octavo.scheduler.scheduler import Scheduler
 from octavo.types import (
+    DeviceLostError,
     EngineOutput,
     EngineOutputs,
     EngineRequest,
@@ -33,7 +34,8 @@ class EngineCore:
 
     An executor whose ``submit`` or ``collect`` raises has failed that step: its requests end in
     error and the engine goes on. The executor must have applied the step's diffs (rows, blocks,
-    copies) all the same, as later steps build on them. The third failure in a row is raised.
+    copies) all the same, as later steps build on them. The third failure in a row is raised, and
+    a lost device's first.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class EngineCore:
 
     def _fail_step(self, error: Exception, *, newest: bool) -> list[EngineOutput]:
         self._num_failed_steps += 1
-        if self._num_failed_steps >= MAX_FAILED_STEPS:
+        if isinstance(error, DeviceLostError) or self._num_failed_steps >= MAX_FAILED_STEPS:
             raise error
         logger.error("a step failed; its requests end in error", exc_info=error)
         return self.scheduler.fail_step(STEP_FAILED, now=self._clock.now(), newest=newest)
