@@ -26,6 +26,7 @@ class Driver:
         max_model_len: int = 64,
         budget: int = 64,
         caching: bool = True,
+        num_host_slots: int = 0,
         max_inflight: int = 1,
         executor: dict[str, Any] | None = None,
         **config: Any,
@@ -35,6 +36,7 @@ class Driver:
             num_blocks,
             block_size=block_size,
             enable_prefix_caching=caching,
+            num_host_slots=num_host_slots,
             check_invariants=True,
         )
         self.scheduler = Scheduler(
@@ -120,7 +122,8 @@ class Driver:
         assert not self.core.has_work, f"unfinished after {max_steps} steps"
         assert self.kv.num_available == self.kv.num_blocks
         # Only what is built on a failed computation may read wrongly, and its results are void.
-        fails = self.executor.fail_requests or self.executor.fail_steps
+        executor = self.executor
+        fails = executor.fail_requests or executor.fail_steps or executor.num_damaged
         assert fails or self.executor.num_bad_reads == 0
 
     def alone(self, request_id: str) -> list[int]:

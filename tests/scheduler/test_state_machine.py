@@ -11,12 +11,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from octavo.types import FinishReason
 from tests.scheduler.driver import Driver
 
-PROMPTS = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20)
+# Half of them begin as others do, so that what was evicted is asked for again.
+_BASES = ([1, 2] * 10, [1, 2, 2, 1, 1] * 4, [2] * 20)
+PROMPTS = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20) | st.builds(
+    lambda base, length: base[:length], st.sampled_from(_BASES), st.integers(5, 20)
+)
+SELDOM = st.sampled_from([False, False, False, True])
 CONFIG = st.fixed_dictionaries(
     {
         "block_size": st.sampled_from([1, 2, 4]),
         "budget": st.sampled_from([1, 3, 8, 64]),
-        "caching": st.sampled_from([True, True, False]),
+        "caching_and_host_slots": st.sampled_from([(False, 0), (True, 0), (True, 3), (True, 40)]),
         "max_inflight": st.sampled_from([1, 2, 2, 3]),
         "max_num_seqs": st.sampled_from([1, 3, 6]),
         "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
@@ -49,11 +54,16 @@ class Life(RuleBasedStateMachine):
     def start(self, config: dict[str, Any], num_spare_blocks: int) -> None:
         max_model_len = 24
         num_blocks = max_model_len // int(str(config["block_size"])) + num_spare_blocks
+        caching, num_host_slots = config.pop("caching_and_host_slots")
         self.failing: dict[str, str] = {}
+        self.failing_steps: set[int] = set()
+        self.num_damages = 0
         self.d = Driver(
             num_blocks=num_blocks,
             max_model_len=max_model_len,
-            executor={"fail_requests": self.failing},
+            caching=caching,
+            num_host_slots=num_host_slots,
+            executor={"fail_requests": self.failing, "fail_steps": self.failing_steps},
             **config,
         )
 
@@ -103,9 +113,23 @@ class Life(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         self.d.core.abort([data.draw(st.sampled_from(sorted(self.d.requests)))])
 
-    @rule()
-    def reset_cache(self) -> None:
-        self.d.core.reset_prefix_cache()
+    @rule(num_loads=st.integers(1, 3), really=SELDOM)
+    def damage(self, num_loads: int, really: bool) -> None:
+        num_loads *= really
+        self.d.executor.num_to_damage += num_loads
+        self.num_damages += num_loads
+
+    @rule(steps_ahead=st.integers(0, 3), really=SELDOM)
+    def fail_a_step(self, steps_ahead: int, really: bool) -> None:
+        """Never the next after another: three in a row end the engine."""
+        step = self.d.executor.next_step + steps_ahead
+        if really and not self.failing_steps & {step - 1, step + 1}:
+            self.failing_steps.add(step)
+
+    @rule(really=SELDOM)
+    def reset_cache(self, really: bool) -> None:
+        if really:
+            self.d.core.reset_prefix_cache()
 
     @invariant()
     def blocks_are_in_order(self) -> None:
@@ -116,13 +140,15 @@ class Life(RuleBasedStateMachine):
         if not hasattr(self, "d"):
             return
         self.d.run()
+        if not self.failing_steps:
+            assert self.d.executor.num_damaged <= self.num_damages
         for request_id, request in self.d.requests.items():
             last, alone = self.d.last(request_id), self.d.alone(request_id)
             if last.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert self.d.tokens[request_id] == alone
             else:
                 is_failure = last.finish_reason is FinishReason.ERROR
-                assert not is_failure or request_id in self.failing
+                assert not is_failure or request_id in self.failing or self.failing_steps
                 assert self.d.tokens[request_id] == alone[: len(self.d.tokens[request_id])]
                 continue
             outputs = self.d.outputs[request_id]

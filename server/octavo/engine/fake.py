@@ -6,6 +6,7 @@ every test that runs on it also tests the scheduler. For tests, simulation and h
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,30 @@ class _Row:
     is_broken: bool = False  # failed in a step; the scheduler does not know yet
 
 
+@dataclass(slots=True, kw_only=True)
+class FakeDevice:
+    """Takes ``step_us`` microseconds a step, ``row_us`` for each row in it and ``token_us`` for
+    each token; waiting for it leaves the processor to others."""
+
+    step_us: float
+    row_us: float = 0.0
+    token_us: float = 0.0
+    _busy_until: float = 0.0
+    _ends: deque[float] = field(default_factory=deque)
+
+    def submit(self, step: SchedulerOutput) -> None:
+        us = self.step_us + self.row_us * len(step.num_scheduled_tokens)
+        us += self.token_us * step.num_tokens
+        self._busy_until = max(self._busy_until, time.monotonic()) + us * 1e-6
+        self._ends.append(self._busy_until)
+
+    def wait(self) -> None:
+        """Until the oldest step has ended."""
+        left = self._ends.popleft() - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+
+
 @dataclass(slots=True)
 class FakeExecutor:
     """Computes nothing, consistently. Implements `engine.protocols.Executor`.
@@ -84,7 +109,9 @@ class FakeExecutor:
         fail_requests: request id -> message; each fails alone in its first step.
         track_kv: keep what each slot of the cache holds. A request that attends to anything but
             its own tokens then samples a wrong token, and ``num_bad_reads`` counts it. O(context).
+        num_to_damage: so many of the next loads from the host tier yield garbage, and are told.
         clock, step_seconds: moves the clock by the cost of each step.
+        device: steps take real time on it, one after the other, as on a device of its own.
     """
 
     block_size: int
@@ -95,22 +122,32 @@ class FakeExecutor:
     track_kv: bool = False
     clock: VirtualClock | None = None
     step_seconds: Callable[[SchedulerOutput], float] = lambda step: 0.0
+    device: FakeDevice | None = None
     rows: dict[str, _Row] = field(default_factory=dict)
     num_bad_reads: int = 0
+    num_to_damage: int = 0
+    num_damaged: int = 0
     _slots: dict[int, int] = field(default_factory=dict)  # slot -> hash of its token and all before
+    _host: dict[int, tuple[int, list[int]]] = field(default_factory=dict)  # of the tier: tag, slots
     _queue: deque[SchedulerOutput] = field(default_factory=deque)
-    _last_step: int = -1
+    next_step: int = 0
 
     def submit(self, step: SchedulerOutput) -> None:
         assert step.num_scheduled_tokens, "an empty step was submitted"
-        assert step.step == self._last_step + 1, f"step {step.step} follows {self._last_step}"
-        self._last_step = step.step
+        assert step.step == self.next_step, f"step {step.step} where {self.next_step} was due"
+        self.next_step += 1
         self._queue.append(step)
+        if self.device is not None:
+            self.device.submit(step)
 
     def collect(self) -> ModelOutput:
         step = self._queue.popleft()
+        if self.device is not None:
+            self.device.wait()
         if self.clock is not None:
             self.clock.advance(self.step_seconds(step))
+        # A step that fails may not even get as far as this.
+        damaged = () if step.step in self.fail_steps else self._move(step)
         self._apply(step)
         if step.step in self.fail_steps:
             for request_id in step.num_scheduled_tokens:
@@ -140,10 +177,32 @@ class FakeExecutor:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             errors=errors,
+            damaged_blocks=damaged,
         )
+
+    def use_idle_time(self) -> bool:
+        return False
 
     def close(self) -> None:
         self._queue.clear()
+
+    def _move(self, step: SchedulerOutput) -> tuple[int, ...]:
+        """Moves blocks to and from the host tier; those that did not come back as they went."""
+        size = self.block_size
+        for move in step.saves:
+            first = move.block * size
+            self._host[move.slot] = move.tag, [self._slots.get(first + i, 0) for i in range(size)]
+        damaged = []
+        for move in step.loads:
+            tag, held = self._host.get(move.slot, (0, []))
+            if tag != move.tag or self.num_to_damage > 0:
+                self.num_to_damage = max(0, self.num_to_damage - 1)
+                self.num_damaged += 1
+                damaged.append(move.block)
+                held = [0] * size
+            slots = range(move.block * size, (move.block + 1) * size)
+            self._slots.update(zip(slots, held, strict=True))
+        return tuple(damaged)
 
     def _apply(self, step: SchedulerOutput) -> None:
         for request_id in step.finished_request_ids:

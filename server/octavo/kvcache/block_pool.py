@@ -2,7 +2,7 @@
 
 The free list is doubly linked through two arrays, so taking any block out of its middle (a prefix
 hit) is O(1), whatever the cache's size. Its front is reused first: blocks nobody can find, then
-findable ones from the least to the most recently freed.
+findable ones from the least to the most recently freed. Those go to the host tier, if there is one.
 """
 
 from __future__ import annotations
@@ -10,16 +10,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from octavo.kvcache.prefix_cache import PrefixCache
+from octavo.kvcache.tiers import HostTier
 
 
 class BlockPool:
     """Each block is free (no key), cached (unowned, has a key) or owned (``refs > 0``)."""
 
-    __slots__ = ("_next", "_prev", "cache", "num_blocks", "num_cached", "num_unowned", "refs")
+    __slots__ = (
+        "_next",
+        "_prev",
+        "_tier",
+        "cache",
+        "num_blocks",
+        "num_cached",
+        "num_unowned",
+        "refs",
+    )
 
-    def __init__(self, num_blocks: int, *, cache: PrefixCache) -> None:
+    def __init__(
+        self, num_blocks: int, *, cache: PrefixCache, tier: HostTier | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.cache = cache
+        self._tier = tier
         self.refs = [0] * num_blocks
         self.num_unowned = num_blocks  # free and cached
         self.num_cached = 0  # unowned blocks that a hit would revive
@@ -28,7 +41,8 @@ class BlockPool:
         self._prev = [num_blocks, *range(num_blocks)]
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Takes blocks from the front, forgetting what they held. The caller checks the count."""
+        """Takes blocks from the front, forgetting what they held (the host tier may still know it).
+        The caller checks the count."""
         assert num_blocks <= self.num_unowned, "allocate() beyond num_unowned"
         following, refs, keys = self._next, self.refs, self.cache.block_keys
         sentinel = self.num_blocks
@@ -37,7 +51,10 @@ class BlockPool:
         for _ in range(num_blocks):
             taken.append(block)
             refs[block] = 1
-            if keys[block] is not None:
+            key = keys[block]
+            if key is not None:
+                if self._tier is not None:
+                    self._tier.save(key, block)
                 self.cache.remove(block)
                 self.num_cached -= 1
             block = following[block]

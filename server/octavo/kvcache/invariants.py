@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from octavo.kvcache.manager import BlockTable, KVCacheManager
+from octavo.kvcache.tiers import tag_of
 
 
 class InvariantError(AssertionError):
@@ -38,6 +39,23 @@ def check(kv: KVCacheManager, *, tables: Mapping[str, tuple[BlockTable, int]]) -
     keyed = {key: block for block, key in enumerate(cache.block_keys) if key is not None}
     _require(keyed == cache.index, "the hash index and the blocks' keys disagree")
     _require(kv.enable_prefix_caching or not keyed, "keys exist though caching is off")
+    _check_tier(kv)
+
+
+def _check_tier(kv: KVCacheManager) -> None:
+    tier = kv.tier
+    slots = [*tier.slots.values(), *tier.unused_slots()]
+    _require(sorted(slots) == list(range(tier.num_slots)), "a host slot is lost or used twice")
+    saves, loads = tier.pending.saves, tier.pending.loads
+    for moves in (saves, loads):
+        blocks = [move.block for move in moves.values()]
+        _require(len(set(blocks)) == len(blocks), "a block is moved twice the same way")
+        for key, move in moves.items():
+            _require(tier.slots.get(key) == move.slot, f"slot {move.slot} is planned for two keys")
+            _require(tag_of(key) == move.tag, f"slot {move.slot} is moved under a wrong tag")
+    for key, move in loads.items():
+        holder = kv.pool.cache.index.get(key)
+        _require(holder == move.block, f"block {move.block} is loaded, and not found by its key")
 
 
 def _check_table(kv: KVCacheManager, request_id: str, table: BlockTable, num_computed: int) -> None:

@@ -7,11 +7,14 @@ full blocks found by their key, and the full blocks of a forked parent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from octavo.kvcache.block_pool import BlockPool
 from octavo.kvcache.prefix_cache import PrefixCache, chain_keys, root_key
+from octavo.kvcache.tiers import HostTier
 from octavo.types import BlockCopy
+
+ON_HOST = -1  # in place of a block id: only the host tier has these contents
 
 
 class BlockTable:
@@ -33,6 +36,8 @@ class KVCacheManager:
         num_blocks: blocks in the cache; ids are ``0 .. num_blocks - 1``.
         block_size: tokens per block.
         enable_prefix_caching: find and register full blocks; off, nothing outlives its owner.
+        num_host_slots: blocks of the host tier, to which what is evicted from the prefix cache
+            goes, and from where a hit brings it back.
         check_invariants: callers run `invariants.check` after each step.
     """
 
@@ -42,6 +47,7 @@ class KVCacheManager:
         *,
         block_size: int,
         enable_prefix_caching: bool = True,
+        num_host_slots: int = 0,
         check_invariants: bool = False,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -52,7 +58,12 @@ class KVCacheManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.check_invariants = check_invariants
-        self.pool = BlockPool(num_blocks, cache=PrefixCache(num_blocks))
+        self.tier = HostTier(num_host_slots)
+        self.pool = BlockPool(
+            num_blocks,
+            cache=PrefixCache(num_blocks),
+            tier=self.tier if num_host_slots else None,
+        )
 
     @property
     def num_available(self) -> int:
@@ -84,24 +95,47 @@ class KVCacheManager:
     def find_hits(
         self, table: BlockTable, *, token_ids: Sequence[int], max_tokens: int
     ) -> list[int]:
-        """Cached blocks that hold the beginning of ``token_ids``, ``max_tokens`` at most."""
+        """Cached blocks that hold the beginning of ``token_ids``, ``max_tokens`` at most;
+        `ON_HOST` for those that only the host tier holds."""
         if not self.enable_prefix_caching:
             return []
         self._extend_keys(table, token_ids)
-        return self.pool.cache.find(table.keys[: max_tokens // self.block_size])
+        keys = table.keys[: max_tokens // self.block_size]
+        found = self.pool.cache.find(keys)
+        if self.tier.slots:
+            index, slots = self.pool.cache.index, self.tier.slots
+            for key in keys[len(found) :]:
+                block = index.get(key, ON_HOST)
+                if block == ON_HOST and key not in slots:
+                    break
+                found.append(block)
+        return found
 
     def num_blocks_missing(self, hits: Sequence[int], *, num_tokens: int) -> int:
         """Available blocks it takes to hold ``num_tokens`` of which ``hits`` hold the first."""
         refs = self.pool.refs
-        revived = sum(1 for block in hits if refs[block] == 0)
-        return self.blocks_for(num_tokens) - len(hits) + revived
+        taken = sum(1 for block in hits if block == ON_HOST or refs[block] == 0)
+        return self.blocks_for(num_tokens) - len(hits) + taken
 
-    def attach(self, table: BlockTable, hits: Sequence[int]) -> None:
-        """Makes an empty table an owner of the blocks `find_hits` found."""
+    def attach(self, table: BlockTable, hits: Sequence[int]) -> list[tuple[int, bytes]]:
+        """Makes an empty table an owner of the blocks `find_hits` found.
+
+        What only the host tier holds is given blocks (the caller has made sure that they are
+        available), to be loaded before the step's forward pass. Returns (block, key) of these.
+        """
         assert not table.block_ids, "hits go to an empty table"
-        self.pool.share(hits)
-        table.block_ids.extend(hits)
+        cache, tier = self.pool.cache, self.tier
+        self.pool.share([block for block in hits if block != ON_HOST])
+        absent = [table.keys[i] for i, block in enumerate(hits) if block == ON_HOST]
+        tier.pin(absent)  # before blocks are allocated, whose contents go to the tier too
+        loaded = list(zip(self.pool.allocate(len(absent)), absent, strict=True))
+        for block, key in loaded:
+            tier.load(key, block)
+            cache.insert(key, block)
+        fresh = iter(loaded)
+        table.block_ids.extend(next(fresh)[0] if block == ON_HOST else block for block in hits)
         table.num_registered = len(hits)
+        return loaded
 
     def grow(self, table: BlockTable, *, num_tokens: int) -> list[int] | None:
         """Appends blocks until the table holds ``num_tokens``; returns them (maybe none).
@@ -162,10 +196,12 @@ class KVCacheManager:
         table.block_ids = []
         table.num_registered = 0
 
-    def forget(self, keys: Sequence[bytes]) -> None:
-        """Whatever block holds one of these keys no longer serves hits; its owners keep it."""
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """What holds one of these keys, here or on the host, no longer serves hits; the owners of
+        a block keep it."""
         index = self.pool.cache.index
         for key in keys:
+            self.tier.drop(key)
             block = index.get(key)
             if block is not None:
                 self.pool.forget(block)
@@ -173,6 +209,7 @@ class KVCacheManager:
     def reset_prefix_cache(self) -> None:
         """No block written so far serves hits any more; running requests are unharmed."""
         self.pool.forget_all()
+        self.tier.clear()
 
     def _extend_keys(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         num_hashed = len(table.keys) * self.block_size

@@ -18,6 +18,10 @@ class Counters:
     generation_tokens: int = 0
     prefix_cache_queries: int = 0  # prompt tokens looked up, once per request
     prefix_cache_hits: int = 0  # of those, found
+    prefix_cache_host_hits: int = 0  # of those, in the host tier alone
+    saved_blocks: int = 0  # to the host tier
+    loaded_blocks: int = 0  # from it
+    damaged_blocks: int = 0  # of those loaded
     preemptions: int = 0
 
 
@@ -58,6 +62,8 @@ class LiveRequests:
             self.waiting.add(request)
         if request.status is not Status.FINISHED:
             request.drop_inflight()
+            if request.first_token_time == 0.0:
+                request.is_lookup_due = True  # what it was admitted on may be gone
 
     def retire(self, request: Request) -> None:
         """Ends it wherever it is; what is in flight for it is void."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from octavo.kvcache.tiers import Moves
 from octavo.scheduler.request import Request
 from octavo.types import BlockCopy, NewRequest, SchedulerOutput
 
@@ -26,9 +28,11 @@ class Plan:
     new_block_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     new_requests: list[NewRequest] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)
-    # Who made which blocks findable here; who was admitted on which blocks of others, or by fork.
-    registered: list[tuple[Request, int, bytes]] = field(default_factory=list)
-    admitted: list[tuple[Request, tuple[int, ...], Request | None]] = field(default_factory=list)
+    moves: Moves = field(default_factory=Moves)
+    # Who made which contents findable here, by key; who was admitted on contents of others, or by
+    # fork. What comes from the host tier is both.
+    registered: list[tuple[Request, bytes]] = field(default_factory=list)
+    admitted: list[tuple[Request, tuple[bytes, ...], Request | None]] = field(default_factory=list)
 
     def undo(self, request: Request) -> None:
         """Takes a request that runs already back out of the step."""
@@ -46,35 +50,40 @@ class Plan:
             new_requests=tuple(self.new_requests),
             num_scheduled_tokens=self.num_scheduled,
             new_block_ids=self.new_block_ids,
+            saves=tuple(self.moves.saves.values()),
+            loads=tuple(self.moves.loads.values()),
             block_copies=tuple(self.block_copies),
             finished_request_ids=finished_request_ids,
         )
 
 
-def blame(plans: list[Plan], suspects: set[Request]) -> tuple[set[Request], set[Request]]:
+def blame(
+    plans: list[Plan], suspects: set[Request], *, bad_keys: Collection[bytes] = ()
+) -> tuple[set[Request], set[Request]]:
     """Who failed, and whose computed tokens build on theirs.
 
     ``plans``: the failed step and those submitted after it, in order; ``suspects``: requests that
-    failed in the first. A request builds on another when it was admitted on blocks the other
-    registered in these steps, or by fork of it. Whoever depends was admitted later than the one it
+    failed in the first; ``bad_keys``: contents that are not what they should be, by nobody's fault.
+    A request builds on another when it was admitted on contents the other registered in these
+    steps, or by fork of it. Whoever depends was admitted later than the one it
     depends on, so one pass in order finds all. A suspect that builds on another has an excuse.
     """
-    blocks_of: dict[Request, list[int]] = {}
+    keys_of: dict[Request, list[bytes]] = {}
     newcomers: set[Request] = set()
     for plan in plans:
         newcomers.update(request for request, _, _ in plan.admitted)
-        for owner, block, _ in plan.registered:
-            blocks_of.setdefault(owner, []).append(block)
+        for owner, key in plan.registered:
+            keys_of.setdefault(owner, []).append(key)
     guilty = suspects - newcomers
     victims: set[Request] = set()
-    bad_blocks = {block for request in guilty for block in blocks_of.get(request, ())}
+    bad = {*bad_keys, *(key for request in guilty for key in keys_of.get(request, ()))}
     for plan in plans:
         for request, shared, parent in plan.admitted:
-            if parent in guilty or parent in victims or not bad_blocks.isdisjoint(shared):
+            if parent in guilty or parent in victims or not bad.isdisjoint(shared):
                 victims.add(request)
             elif request in suspects:
                 guilty.add(request)
             else:
                 continue
-            bad_blocks.update(blocks_of.get(request, ()))
+            bad.update(keys_of.get(request, ()))
     return guilty, victims

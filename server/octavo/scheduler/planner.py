@@ -111,8 +111,8 @@ class Planner:
         """Makes the blocks that this step fills with known tokens findable."""
         token_ids, table = request.token_ids, request.table
         num_tokens = min(request.num_computed, len(token_ids))
-        for block, key in self._kv.register(table, token_ids=token_ids, num_tokens=num_tokens):
-            plan.registered.append((request, block, key))
+        for _, key in self._kv.register(table, token_ids=token_ids, num_tokens=num_tokens):
+            plan.registered.append((request, key))
         if self._kv.enable_prefix_caching:
             request.register_at = (table.num_registered + 1) * self._kv.block_size
 
@@ -160,6 +160,7 @@ class Planner:
         # preempted again (measured: under overload 4 to 12 % less is computed than with a 64th).
         headroom = min(len(self._live.running), kv.num_blocks // 16)
         room = kv.num_available - plan.num_reserved - headroom
+        num_host_hits = 0
         if parent is not None:
             start = request.num_prompt_tokens - 1
             if kv.blocks_for(request.num_tokens) - start // kv.block_size > room:
@@ -172,13 +173,16 @@ class Planner:
             start = len(hits) * kv.block_size
             if kv.num_blocks_missing(hits, num_tokens=request.num_tokens) > room:
                 return False
-            kv.attach(table, hits)
-        plan.admitted.append((request, tuple(table.block_ids), parent))
+            loaded = kv.attach(table, hits)
+            plan.registered += [(request, key) for _, key in loaded]
+            num_host_hits = len(loaded)
+        shared = tuple(table.keys[: start // kv.block_size])
+        plan.admitted.append((request, shared, parent))
         end = min(request.num_tokens, start + min(self._max_chunk, plan.budget))
         fresh = kv.grow(table, num_tokens=end)
         assert fresh is not None, "room was there"
         plan.num_reserved += self._num_blocks_left(request, end)
-        self._start(request, start, plan, now)
+        self._start(request, start, plan, now, num_host_hits * kv.block_size)
         self._commit(request, start, end, plan)
         self._register(request, plan)
         return True
@@ -190,15 +194,21 @@ class Planner:
             max_tokens = min(max_tokens, request.num_prompt_logprobs)
         return self._kv.find_hits(request.table, token_ids=request.token_ids, max_tokens=max_tokens)
 
-    def _start(self, request: Request, start: int, plan: Plan, now: float) -> None:
-        """Moves a waiting request, with ``start`` tokens found or forked, to the running ones."""
+    def _start(
+        self, request: Request, start: int, plan: Plan, now: float, num_host_tokens: int
+    ) -> None:
+        """Moves a waiting request, with ``start`` tokens found or forked, to the running ones;
+        ``num_host_tokens`` of them were found in the host tier alone."""
+        if request.is_lookup_due:
+            request.is_lookup_due = False
+            request.num_cached_tokens = start
         if request.status is Status.WAITING:
             request.scheduled_time = now
-            request.num_cached_tokens = start
             is_looked_up = request.parent is None and not request.needs_prompt_logits
             if is_looked_up and self._kv.enable_prefix_caching:
                 self._live.counters.prefix_cache_queries += request.num_prompt_tokens
                 self._live.counters.prefix_cache_hits += start
+                self._live.counters.prefix_cache_host_hits += num_host_tokens
         self._live.start(request)
         request.parent = None
         request.first_step = plan.step

@@ -38,6 +38,7 @@ class Request:
         "epoch",
         "first_step",
         "first_token_time",
+        "is_lookup_due",
         "is_prompt_done",
         "last_token_time",
         "limit",
@@ -104,6 +105,7 @@ class Request:
         self.register_at = NEVER  # tokens, at which the next block is full
 
         self.num_cached_tokens = 0
+        self.is_lookup_due = True  # whether `num_cached_tokens` is still to be found out
         self.num_preemptions = 0
         self.arrival_time = request.arrival_time
         self.queued_time = now

@@ -8,7 +8,7 @@ be planned while those before it still run.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from octavo.config import SchedulerConfig
 from octavo.kvcache import invariants
@@ -155,6 +155,10 @@ class Scheduler:
             return SchedulerOutput(step=plan.step)
         self._next_step += 1
         self._inflight.append(plan)
+        if self._kv.tier.num_slots:
+            plan.moves = self._kv.tier.take_moves()
+            self._live.counters.saved_blocks += len(plan.moves.saves)
+            self._live.counters.loaded_blocks += len(plan.moves.loads)
         finished_ids, self._live.dropped_ids = tuple(self._live.dropped_ids), []
         return plan.output(finished_ids)
 
@@ -163,6 +167,8 @@ class Scheduler:
         assert self._inflight, f"results of step {output.step}, and none is in flight"
         plan = self._inflight[0]
         assert plan.step == output.step, f"results of step {output.step}, due are {plan.step}'s"
+        if output.damaged_blocks:  # first: what failed because of them has an excuse
+            self._restart_damaged(output.damaged_blocks)
         outputs = self._fail(output.errors, now=now) if output.errors else []
         self._inflight.popleft()
         sampled, logprobs = output.sampled_token_ids, output.logprobs
@@ -189,7 +195,10 @@ class Scheduler:
         plans = list(self._inflight)[-1 if newest else 0 :]
         plan = plans[0]
         suspects = {entry[0] for entry in plan.entries}
-        _, victims = blame(plans, suspects)
+        # Its saves may never have happened.
+        unsaved = plan.moves.saves.keys()
+        self._kv.forget(unsaved)
+        _, victims = blame(plans, suspects, bad_keys=unsaved)
         self._inflight.remove(plan)
         outputs: list[EngineOutput] = []
         for request, epoch, *_ in plan.entries:
@@ -222,6 +231,12 @@ class Scheduler:
             generation_tokens=counters.generation_tokens,
             prefix_cache_queries=counters.prefix_cache_queries,
             prefix_cache_hits=counters.prefix_cache_hits,
+            prefix_cache_host_hits=counters.prefix_cache_host_hits,
+            num_host_slots=self._kv.tier.num_slots,
+            num_host_blocks=len(self._kv.tier),
+            saved_blocks=counters.saved_blocks,
+            loaded_blocks=counters.loaded_blocks,
+            damaged_blocks=counters.damaged_blocks,
             preemptions=counters.preemptions,
             host_seconds=host_seconds,
             worker=worker,
@@ -297,6 +312,15 @@ class Scheduler:
         self._void(plans, victims)
         return outputs
 
+    def _restart_damaged(self, blocks: Collection[int]) -> None:
+        """Starts everyone anew who builds on these blocks, which the oldest step loaded badly."""
+        plans = list(self._inflight)
+        loads = plans[0].moves.loads
+        bad_keys = {key for key, move in loads.items() if move.block in blocks}
+        self._live.counters.damaged_blocks += len(bad_keys)
+        _, victims = blame(plans, set(), bad_keys=bad_keys)
+        self._void(plans, victims)
+
     def _end_in_error(self, request: Request, message: str, *, now: float) -> EngineOutput:
         """Ends it; what it computed serves no hits, what it found in the cache still does."""
         num_found = request.num_cached_tokens // self._kv.block_size
@@ -307,6 +331,6 @@ class Scheduler:
     def _void(self, plans: list[Plan], victims: set[Request]) -> None:
         """Forgets what these steps registered (whoever did), and restarts who built on it."""
         for plan in plans:
-            self._kv.forget([key for _, _, key in plan.registered])
+            self._kv.forget([key for _, key in plan.registered])
         for request in sorted(victims, key=lambda request: request.order):
             self._live.restart(request)
