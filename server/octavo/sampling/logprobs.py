@@ -25,26 +25,42 @@ def score_rows(
     widest = min(max(num_best, default=0), vocab_size)
     tokens = torch.tensor(chosen, dtype=torch.int64)
     found = topn_logprobs(logits, chosen=tokens, num_best=widest)
-    columns = zip(
+    return token_logprobs(
         chosen,
         num_best,
-        found.chosen.tolist(),
-        found.ranks.tolist(),
-        found.ids.tolist(),
-        found.logprobs.tolist(),
-        found.status.tolist(),
-        strict=True,
+        logprobs=found.chosen.tolist(),
+        ranks=found.ranks.tolist(),
+        top_ids=found.ids.tolist(),
+        top_logprobs=found.logprobs.tolist(),
+        status=found.status.tolist(),
     )
+
+
+def token_logprobs(
+    chosen: Sequence[int],
+    num_best: Sequence[int],
+    *,
+    logprobs: Sequence[float],
+    ranks: Sequence[int],
+    top_ids: Sequence[Sequence[int]],
+    top_logprobs: Sequence[Sequence[float]],
+    status: Sequence[int],
+) -> list[TokenLogprobs | None]:
+    """What `topn_logprobs` found of rows, each with its num_best[row] likeliest tokens at most.
+
+    None for a row whose status is not OK.
+    """
+    columns = zip(chosen, num_best, logprobs, ranks, top_ids, top_logprobs, status, strict=True)
     return [
         TokenLogprobs(
             token_id=token,
             logprob=logprob,
             rank=rank,
-            top=tuple(zip(ids[:best], logprobs[:best], strict=True)),
+            top=tuple(zip(ids[:best], scores[:best], strict=True)),
         )
-        if status == OK
+        if code == OK
         else None
-        for token, best, logprob, rank, ids, logprobs, status in columns
+        for token, best, logprob, rank, ids, scores, code in columns
     ]
 
 

@@ -16,7 +16,7 @@ from octavo_kernels import sampling as ops
 from octavo_kernels.sampling import LogitParams, Workspace
 
 NON_FINITE_MESSAGE = "the model produced non-finite logits"
-_MESSAGES = {
+STATUS_MESSAGES = {
     ops.NON_FINITE: NON_FINITE_MESSAGE,
     ops.ALL_FORBIDDEN: (
         "no token can be sampled: allowed_token_ids, bad_words, logit_bias and min_tokens "
@@ -88,7 +88,7 @@ class Sampler:
         )
         token_ids = tokens.tolist()
         errors = {
-            row: _MESSAGES[code] for row, code in enumerate(status.tolist()) if code != ops.OK
+            row: STATUS_MESSAGES[code] for row, code in enumerate(status.tolist()) if code != ops.OK
         }
         logprobs: dict[int, TokenLogprobs] = {}
         if asking:

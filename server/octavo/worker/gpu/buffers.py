@@ -70,6 +70,11 @@ class BatchWords:
         return cls(**parts)
 
 
+def split_results(results: Tensor, *, max_num_seqs: int) -> tuple[Tensor, Tensor]:
+    """Tokens [R] int64 and status [R] int32 of `StepBuffers.results`, or of a copy of it."""
+    return results[: 2 * max_num_seqs].view(torch.int64), results[padded(2 * max_num_seqs) :]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBuffers:
     """Device tensors of a step. T and R are the engine's bounds; a step uses the first of each."""
@@ -97,6 +102,7 @@ class StepBuffers:
 
         words = ints(num_words)
         results = ints(padded(2 * num_requests) + num_requests)
+        sampled, status = split_results(results, max_num_seqs=num_requests)
         return cls(
             sizes=sizes,
             words=words,
@@ -108,8 +114,8 @@ class StepBuffers:
             hidden=torch.zeros(num_tokens, sizes.hidden_size, dtype=sizes.dtype, device=device),
             logits=torch.zeros(num_requests, sizes.vocab_size, device=device),
             results=results,
-            sampled=results[: 2 * num_requests].view(torch.int64),
-            status=results[-num_requests:],
+            sampled=sampled,
+            status=status,
         )
 
     def blank_batch(self) -> None:
