@@ -5,16 +5,53 @@ A process works with GPUs of one kind: answers are kept.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
+
+_H100 = (9, 0)
+_pretended: list[tuple[int, int]] = []  # the last one counts
+
+
+@contextlib.contextmanager
+def pretending(capability: tuple[int, int]) -> Iterator[None]:
+    """Inside, answers are those of a GPU of this compute capability, whatever this machine has.
+
+    For listing what would be launched there. Launch choices that were made outside are not asked
+    for again: enter it in a process of its own, or with kernels that it has not launched.
+    """
+    _pretended.append(capability)
+    _forget()
+    try:
+        yield
+    finally:
+        _pretended.pop()
+        _forget()
+
+
+def _forget() -> None:
+    for answer in (capability, is_hopper, can_overlap, num_multiprocessors):
+        answer.cache_clear()
+
+
+def is_pretended() -> bool:
+    return bool(_pretended)
+
+
+def is_present() -> bool:
+    """Whether there is a GPU, or one is pretended."""
+    return is_pretended() or torch.cuda.is_available()
 
 
 @functools.cache
 def capability() -> tuple[int, int]:
     """Compute capability, (9, 0) for Hopper."""
+    if _pretended:
+        return _pretended[-1]
     if not torch.cuda.is_available():
-        return 9, 0
+        return _H100
     major, minor = torch.cuda.get_device_capability()
     return major, minor
 
@@ -33,6 +70,6 @@ def can_overlap() -> bool:
 
 @functools.cache
 def num_multiprocessors() -> int:
-    if not torch.cuda.is_available():
+    if _pretended or not torch.cuda.is_available():
         return 132
     return int(torch.cuda.get_device_properties().multi_processor_count)

@@ -17,16 +17,19 @@ from typing import Any
 
 import torch
 
-from octavo_kernels.device import is_hopper
+from octavo_kernels.device import capability, is_hopper, is_pretended
 
 Choice = Mapping[str, int]
 _TABLES = Path(__file__).parent / "tuned"
+_PRETENDED = {(9, 0): "h100", (8, 0): "a100"}
 _KINDS = ("h100", "h200", "a100")
 
 
 @functools.cache
 def gpu_kind() -> str:
     """The current GPU's kind, "h100" for "NVIDIA H100 80GB HBM3"; "h100" where there is none."""
+    if is_pretended():
+        return _PRETENDED.get(capability(), "unknown")
     if not torch.cuda.is_available():
         return "h100"
     name = torch.cuda.get_device_name().lower()

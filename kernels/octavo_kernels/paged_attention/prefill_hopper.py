@@ -55,7 +55,7 @@ def supports(
 
 def is_hopper() -> bool:
     """Whether the current GPU can run the kernel (TMA, WGMMA: compute capability 9.x)."""
-    return torch.cuda.is_available() and device.is_hopper()
+    return device.is_present() and device.is_hopper()
 
 
 def attend_prefill_fastest(
