@@ -56,6 +56,12 @@ class StepBatch:
     def num_samples(self) -> int:
         return len(self.samples)
 
+    @property
+    def sample_ids(self) -> list[str]:
+        """[S] of the requests that draw a token."""
+        ids = self.request_ids
+        return ids if len(self.samples) == len(ids) else [ids[i] for i in self.samples.tolist()]
+
 
 class GpuRequestTable:
     """Rows of live requests, kept by the scheduler's diffs.
@@ -77,7 +83,6 @@ class GpuRequestTable:
         # How many likely tokens to tell of each prompt position; negative: no scores wanted.
         self.num_prompt_scores = np.full(num_rows, -1, np.int32)
         self.failed: dict[int, str] = {}  # serial -> message
-        self._token_ids: list[tuple[int, ...]] = [()] * num_rows
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._next_serial = 0
@@ -87,10 +92,6 @@ class GpuRequestTable:
 
     def row(self, request_id: str) -> int:
         return self._row_of[request_id]
-
-    def token_ids(self, row: int) -> tuple[int, ...]:
-        """The row's tokens as it came: its prompt, and what it had drawn before a preemption."""
-        return self._token_ids[row]
 
     def apply(self, step: SchedulerOutput, upload: Upload) -> None:
         """Applies a step's diffs in the documented order: finished, new, blocks."""
@@ -140,7 +141,6 @@ class GpuRequestTable:
         self._row_of[request.request_id] = row
         self.serials[row] = self._next_serial
         self._next_serial += 1
-        self._token_ids[row] = request.token_ids
         num_tokens, num_blocks = len(request.token_ids), len(request.block_ids)
         self.num_tokens[row] = num_tokens
         self.num_prompt_tokens[row] = request.num_prompt_tokens
@@ -178,6 +178,5 @@ class GpuRequestTable:
         if row is None:
             return
         self.serials[row] = -1
-        self._token_ids[row] = ()
         self._params.clear_row(row)
         self._free_rows.append(row)

@@ -1,0 +1,283 @@
+"""Launches steps on a GPU and brings their results back. Knows no model, policy or text.
+
+Nothing here waits for the device but `GpuRunner.finish`, and then the next step is launched
+already. So a request's failure is known a step late: what was launched for it since is dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.models.base import Model
+from octavo.sampling.sampler import NON_FINITE_MESSAGE
+from octavo.types import BlockCopy, ModelOutput, SchedulerOutput, TokenLogprobs
+from octavo.worker.gpu.arena import RequestArena
+from octavo.worker.gpu.buffers import StepBuffers
+from octavo.worker.gpu.graphs import ForwardKey, GraphKey, StepGraphs
+from octavo.worker.gpu.runtime import Event, Runtime
+from octavo.worker.gpu.sampler import GpuSampler, PendingSamples, StagedSamples
+from octavo.worker.gpu.scores import PendingScores, PromptScorer
+from octavo.worker.gpu.table import GpuRequestTable, StepBatch
+from octavo.worker.gpu.upload import Upload
+from octavo.worker.kv_tensors import KVTensors
+from octavo_kernels.step_inputs.gpu import build_step_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PromptScores:
+    """Scores of one request's prompt tokens in a step, on their way."""
+
+    place: int  # in the batch
+    pending: PendingScores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InFlight:
+    """A step that was launched."""
+
+    step: int
+    batch: StepBatch
+    event: Event  # behind all its work
+    samples: PendingSamples | None  # None: nothing was to be drawn
+    prompt_scores: Sequence[_PromptScores]
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return tuple(self.batch.request_ids)
+
+
+class GpuRunner:
+    """Runs steps in the order launched, on memory that does not move; for one thread.
+
+    Steps are finished in the order they were launched; any number may be in flight.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        runtime: Runtime,
+        buffers: StepBuffers,
+        arena: RequestArena,
+        upload: Upload,
+        table: GpuRequestTable,
+        sampler: GpuSampler,
+        scorer: PromptScorer,
+        kv: KVTensors,
+        graphs: StepGraphs,
+    ) -> None:
+        self._model = model
+        self._runtime = runtime
+        self._buffers = buffers
+        self._token_table = arena.view("token_ids")
+        self._block_table = arena.view("block_tables")
+        self._upload = upload
+        self._table = table
+        self._sampler = sampler
+        self._scorer = scorer
+        self._kv = kv
+        self._graphs = graphs
+        self._inflight: deque[InFlight] = deque()
+        self._events: list[Event] = []  # of finished steps, to be used again
+        graphs.bind(self._work_of)
+
+    # ---- launching ----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, step: SchedulerOutput) -> InFlight:
+        """Launches a step. Its diffs are applied whatever is raised."""
+        copies = None
+        try:
+            self._table.apply(step, self._upload)
+            copies = self._stage_copies(step.block_copies)
+            batch = self._table.batch(step)
+            assert batch.num_tokens <= self._buffers.sizes.max_num_tokens, "more than a step holds"
+            self._upload.batch.fill(
+                rows=batch.rows,
+                query_ends=batch.query_ends,
+                seq_lens=batch.seq_lens,
+                sample_tokens=batch.sample_tokens,
+                sample_rows=batch.sample_rows,
+                sample_positions=batch.sample_positions,
+            )
+            is_plain = self._sampler.is_plain(batch.sample_rows)
+            staged = None if is_plain else self._sampler.stage(batch.sample_rows, self._upload)
+        finally:
+            self._upload.send()
+            if copies is not None:
+                self._model.backend.copy_blocks(self._kv.layers, src=copies[0], dst=copies[1])
+        if batch.num_tokens:
+            self._forward(batch)
+        prompt_scores = self._score_prompts(batch)
+        samples = self._sample(batch.num_samples, staged) if batch.num_samples else None
+        event = self._events.pop() if self._events else self._runtime.event()
+        event.record()
+        flight = InFlight(
+            step=step.step, batch=batch, event=event, samples=samples, prompt_scores=prompt_scores
+        )
+        self._inflight.append(flight)
+        return flight
+
+    def _stage_copies(self, copies: Sequence[BlockCopy]) -> tuple[Tensor, Tensor] | None:
+        """No block is both source and destination in a step, so they may run in any order."""
+        if not copies:
+            return None
+        src, dst = ([getattr(copy, name) for copy in copies] for name in ("src", "dst"))
+        section = self._upload.section
+        return section(np.array(src, np.int32)), section(np.array(dst, np.int32))
+
+    def _forward(self, batch: StepBatch) -> None:
+        num_requests = len(batch.rows)
+        key = self._graphs.forward_key(
+            num_tokens=batch.num_tokens,
+            num_requests=num_requests,
+            is_decode=batch.max_query_len == 1,
+        )
+        if key is not None:
+            self._graphs.replay(key)
+        else:
+            self._forward_work(batch.num_tokens, num_requests, batch.max_query_len)()
+
+    def _forward_work(
+        self, num_tokens: int, num_requests: int, max_query_len: int
+    ) -> Callable[[], None]:
+        """From the uploaded batch to ``hidden``, for so many tokens of so many requests."""
+        buffers = self._buffers
+        attn = buffers.attention(
+            num_tokens=num_tokens, num_requests=num_requests, max_query_len=max_query_len
+        )
+        token_ids, out = buffers.token_ids[:num_tokens], buffers.hidden[:num_tokens]
+
+        def work() -> None:
+            build_step_inputs(
+                buffers.batch.rows[:num_requests],
+                attn.query_start_loc,
+                attn.seq_lens,
+                token_table=self._token_table,
+                block_table=self._block_table,
+                block_size=buffers.sizes.block_size,
+                num_tokens=num_tokens,
+                max_query_len=max_query_len,
+                token_ids=token_ids,
+                positions=attn.positions,
+                slots=attn.slots,
+                block_tables=attn.block_tables,
+            )
+            self._model.forward(token_ids, attn, self._kv.layers, out=out)
+
+        return work
+
+    def _sample(self, num_samples: int, staged: StagedSamples | None) -> PendingSamples:
+        scores = None
+        if staged is not None:
+            scores = self._sampler.launch(self._model, self._buffers, staged)
+        elif (key := self._graphs.sampling_key(num_samples)) is not None:
+            self._graphs.replay(key)
+        else:
+            self._sampler.launch_plain(self._model, self._buffers, num_samples)
+        return self._sampler.fetch(self._buffers, num_samples, scores)
+
+    def _score_prompts(self, batch: StepBatch) -> Sequence[_PromptScores]:
+        """The token at position p + 1 is scored by the hidden row of p, inside the prompt only."""
+        num_best = self._table.num_prompt_scores[batch.rows]
+        found = []
+        for place in np.flatnonzero(num_best >= 0).tolist():
+            row, first = int(batch.rows[place]), int(batch.starts[place])
+            num_prompt = int(self._table.num_prompt_tokens[row])
+            end = min(int(batch.seq_lens[place]), num_prompt - 1)
+            if end <= first:
+                continue
+            at = int(batch.query_ends[place] - batch.seq_lens[place]) + first
+            pending = self._scorer.launch(
+                self._model,
+                self._buffers.hidden[at : at + end - first],
+                row=row,
+                start=first + 1,
+                num_best=int(num_best[place]),
+            )
+            found.append(_PromptScores(place=place, pending=pending))
+        return found
+
+    # ---- graphs -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture_if_due(self) -> bool:
+        """After a launch: captures one more graph, should it be time to; whether it did."""
+        return self._graphs.after_launch()
+
+    @torch.inference_mode()
+    def capture_one(self) -> bool:
+        """When there is nothing to run: captures one more graph; False if none is missing."""
+        return self._graphs.capture_one()
+
+    def _work_of(self, key: GraphKey) -> Callable[[], None]:
+        if isinstance(key, ForwardKey):
+            num_requests = key.num_requests(self._buffers.sizes.max_num_seqs)
+            return self._forward_work(key.num_tokens, num_requests, key.max_query_len)
+        size = key.num_samples
+        return lambda: self._sampler.launch_plain(self._model, self._buffers, size)
+
+    # ---- results ------------------------------------------------------------------------------
+
+    def finish(self, flight: InFlight) -> ModelOutput:
+        """Waits for the oldest step in flight. A request that failed is in ``errors`` of this step
+        and of every later one, until the scheduler finishes it."""
+        assert self._inflight and self._inflight[0] is flight, "steps end in order"
+        self._inflight.popleft()
+        flight.event.wait()
+        self._events.append(flight.event)
+        batch = flight.batch
+        tokens: dict[str, tuple[int, ...]] = {}
+        logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
+        errors: dict[int, str] = {}  # by place in the batch
+        if flight.samples is not None:
+            sampled = self._sampler.read(flight.samples)
+            ids = batch.sample_ids
+            tokens = dict(zip(ids, zip(sampled.token_ids, strict=True), strict=True))
+            logprobs = {ids[s]: (score,) for s, score in sampled.logprobs.items()}
+            errors = {int(batch.samples[s]): message for s, message in sampled.errors.items()}
+        prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
+        for asked in flight.prompt_scores:
+            scores = self._scorer.read(asked.pending)
+            finite = tuple(score for score in scores if score is not None)
+            if len(finite) < len(scores):
+                errors[asked.place] = NON_FINITE_MESSAGE
+            else:
+                prompt_logprobs[batch.request_ids[asked.place]] = finite
+        failed = self._failed(batch, errors)
+        for request_id in failed:
+            tokens.pop(request_id, None)
+            logprobs.pop(request_id, None)
+            prompt_logprobs.pop(request_id, None)
+        return ModelOutput(
+            step=flight.step,
+            sampled_token_ids=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            errors=failed,
+            worker=self._graphs.take_stats(),
+        )
+
+    def _failed(self, batch: StepBatch, errors: Mapping[int, str]) -> dict[str, str]:
+        """Requests of the batch that failed, here or before -> message."""
+        failed = self._table.failed
+        for place, message in errors.items():
+            failed.setdefault(int(batch.serials[place]), message)
+        if not failed:
+            return {}
+        serials = batch.serials.tolist()
+        found = {
+            request_id: failed[serial]
+            for request_id, serial in zip(batch.request_ids, serials, strict=True)
+            if serial in failed
+        }
+        alive = set(self._table.serials.tolist())
+        alive.update(*(flight.batch.serials.tolist() for flight in self._inflight))
+        self._table.failed = {s: message for s, message in failed.items() if s in alive}
+        return found
