@@ -1,4 +1,4 @@
-"""Tiny random transformers models, and a small driver that runs ours step by step."""
+"""Tiny random transformers models, and a driver that runs ours step by step on its platform."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Driver:
         ids = list(range(num_blocks))
         random.Random(0).shuffle(ids)
         self.tables = torch.tensor(ids, dtype=torch.int32).view(num_requests, per_request)
+        self.device = model.platform.device
         self.num_computed = [0] * num_requests
 
     def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
@@ -58,15 +59,19 @@ class Driver:
             self.num_computed[request] += len(new)
             starts.append(len(tokens))
             lens.append(self.num_computed[request])
+
+        def ints(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
         attn = AttentionMetadata(
-            positions=torch.tensor(positions, dtype=torch.int32),
-            slots=torch.tensor(slots, dtype=torch.int32),
-            block_tables=self.tables[[request for request, _ in work]].contiguous(),
-            query_start_loc=torch.tensor(starts, dtype=torch.int32),
-            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            positions=ints(positions),
+            slots=ints(slots),
+            block_tables=self.tables[[request for request, _ in work]].to(self.device),
+            query_start_loc=ints(starts),
+            seq_lens=ints(lens),
         )
-        hidden = self.model.forward(torch.tensor(tokens), attn, self.caches)
-        logits = self.model.compute_logits(hidden)
+        hidden = self.model.forward(ints(tokens), attn, self.caches)
+        logits = self.model.compute_logits(hidden).cpu()
         return [logits[a:b] for a, b in zip(starts, starts[1:], strict=False)]
 
 
