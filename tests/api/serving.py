@@ -8,7 +8,8 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import uvicorn
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from octavo.api.app import create_app
-from octavo.engine.protocols import EngineDeadError
+from octavo.engine.protocols import EngineDeadError, Sink
 from octavo.text.tokenizer import Tokenizer
 from octavo.types import (
     EngineInfo,
@@ -60,7 +61,31 @@ def small_tokenizer() -> Tokenizer:
 EOS = 2
 
 
-class ScriptedEngine:
+class Pumped:
+    """`attach` and `detach` for engines that have `generate`."""
+
+    _pumps: dict[str, tuple[Sink, asyncio.Task[None]]]
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        raise NotImplementedError
+
+    def attach(self, request: EngineRequest, sink: Sink) -> None:
+        async def pump() -> None:
+            try:
+                async with aclosing(self.generate(request)) as outputs:
+                    async for output in outputs:
+                        sink.put(output)
+            except EngineDeadError as error:
+                sink.fail(str(error))
+
+        self._pumps[request.request_id] = sink, asyncio.create_task(pump())
+
+    def detach(self, request_id: str, sink: Sink) -> None:
+        if request_id in self._pumps and self._pumps[request_id][0] is sink:
+            self._pumps.pop(request_id)[1].cancel()
+
+
+class ScriptedEngine(Pumped):
     """Says what `script` says, or a function of (prompt, seed, position); ends as an engine does.
 
     ``hold_after``: produces that many tokens, then nothing until aborted.
@@ -89,6 +114,7 @@ class ScriptedEngine:
         self.tokens_per_output = 1
         self.num_cached = 0
         self.dead: str | None = None
+        self._pumps = {}
         self.on_request: Callable[[EngineRequest], None] = lambda request: None
         self.fail: Callable[[EngineRequest, int], EngineOutput | None] = lambda request, step: None
 
@@ -120,7 +146,7 @@ class ScriptedEngine:
         top = tuple(((token_id + i) % self.info.vocab_size, -0.5 - i) for i in range(count or 0))
         return TokenLogprobs(token_id=token_id, logprob=-0.5 - token_id / 1e4, rank=1, top=top)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         if self.dead:
             raise EngineDeadError(self.dead)
         assert request.request_id not in self.live

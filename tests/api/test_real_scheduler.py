@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,13 +22,13 @@ from octavo.kvcache.manager import KVCacheManager
 from octavo.scheduler.scheduler import Scheduler
 from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineInfo, EngineOutput, EngineRequest
-from tests.api.serving import EOS, Server, wait_until
+from tests.api.serving import EOS, Pumped, Server, wait_until
 
 TEXT = "/v1/completions"
 NUM_BLOCKS, MAX_LEN = 40, 128
 
 
-class InProcessEngine:
+class InProcessEngine(Pumped):
     """`EngineCore` stepped by the event loop itself."""
 
     def __init__(self, *, vocab_size: int) -> None:
@@ -40,6 +40,7 @@ class InProcessEngine:
         executor = FakeExecutor(block_size=16, vocab_size=vocab_size, track_kv=True)
         self.executor = executor
         self.core = EngineCore(scheduler, executor, MonotonicClock(), max_inflight=2)
+        self._pumps = {}
         self.queues: dict[str, asyncio.Queue[EngineOutput]] = {}
         self.stepping: asyncio.Task[None] | None = None
         self.info = EngineInfo(
@@ -71,7 +72,7 @@ class InProcessEngine:
         self.core.abort(request_ids)
         self._go()
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         queue = self.queues[request.request_id] = asyncio.Queue()
         self.core.add_request(request)
         self._go()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -12,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.api.front import Front
-from octavo.api.generation import Job, Usage, gather_job, make_job, run_job
+from octavo.api.generation import Job, Usage, gather_job, make_job
+from octavo.api.live import LiveStream
 from octavo.api.logprobs import LogprobFormat
 from octavo.api.prompts import fit, render_chat
 from octavo.api.request_body import answering, documented, read_model
 from octavo.api.schemas import ChatCompletionRequest, StreamOptions
-from octavo.api.sse import DONE, make_event, respond
+from octavo.api.sse import DONE, Event, ShortForm, make_event, respond
 from octavo.engine.outputs import ChoiceDelta, ChoiceResult
 
 
@@ -63,15 +62,15 @@ class _ChatAnswer:
 
     def __init__(self, front: Front, body: ChatCompletionRequest, job: Job) -> None:
         self._front = front
-        self._body = body
-        self._job = job
+        self.body = body
+        self.job = job
         as_ids = bool(body.return_tokens_as_token_ids)
-        self._logprobs = LogprobFormat(front.tokenizer, as_token_ids=as_ids)
+        self.logprobs = LogprobFormat(front.tokenizer, as_token_ids=as_ids)
         goes_on = body.continue_final_message
-        self._role = body.messages[-1].role if goes_on else front.server.response_role
+        self.role = body.messages[-1].role if goes_on else front.server.response_role
 
     async def whole(self) -> Response:
-        job = self._job
+        job = self.job
         results = await gather_job(self._front, job)
         usage = Usage(job)
         for result in results:
@@ -86,56 +85,79 @@ class _ChatAnswer:
         }
         prompt_logprobs = results[0].prompt_logprobs
         if prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self._logprobs.prompt(prompt_logprobs)
-        if self._body.return_token_ids:
+            answer["prompt_logprobs"] = self.logprobs.prompt(prompt_logprobs)
+        if self.body.return_token_ids:
             answer["prompt_token_ids"] = job.prompts[0].token_ids
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
     def _choice(self, result: ChoiceResult) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": result.index,
-            "message": {"role": self._role, "content": result.text, "refusal": None},
-            "logprobs": self._logprobs.chat(result.logprobs) if self._body.logprobs else None,
+            "message": {"role": self.role, "content": result.text, "refusal": None},
+            "logprobs": self.logprobs.chat(result.logprobs) if self.body.logprobs else None,
             "finish_reason": result.finish_reason,
             "stop_reason": result.stop_reason,
         }
-        if self._body.return_token_ids:
+        if self.body.return_token_ids:
             choice["token_ids"] = result.token_ids
         return choice
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        job, options = self._job, self._body.stream_options or StreamOptions()
-        has_usage, is_continuous = bool(options.include_usage), options.is_continuous
-        event = make_event(
-            has_usage_key=has_usage,
+    def live(self) -> LiveStream:
+        return LiveStream(self._front, self.job, _ChatEvents(self))
+
+
+class _ChatEvents:
+    """A chat answer in server-sent events. Implements `octavo.api.live.Events`."""
+
+    def __init__(self, answer: _ChatAnswer) -> None:
+        self._body, self._job = answer.body, answer.job
+        self._role, self._logprobs = answer.role, answer.logprobs
+        options = self._body.stream_options or StreamOptions()
+        self._has_usage, self._is_continuous = bool(options.include_usage), options.is_continuous
+        self._wants_tokens = bool(self._body.logprobs or self._body.return_token_ids)
+        self._event = self._make_event()
+        self._short = ShortForm(self._event, self._text_choice)
+        self._usage = Usage(self._job)
+        self._has_begun = False
+
+    def _make_event(self, **more: Any) -> Event:
+        job = self._job
+        return make_event(
+            has_usage_key=self._has_usage,
             id=job.response_id,
             object="chat.completion.chunk",
             created=job.created,
             model=job.model,
+            **more,
         )
-        usage = Usage(job)
-        opening = self._opening()
-        async with aclosing(run_job(self._front, job)) as deltas:
-            async for delta in deltas:
-                usage.add(delta)
-                choices = self._chunk(delta)
-                now = usage.as_dict() if is_continuous else None
-                data = b"".join(event([choice], now) for choice in choices)
-                if opening:
-                    first = make_event(
-                        has_usage_key=has_usage,
-                        id=job.response_id,
-                        object="chat.completion.chunk",
-                        created=job.created,
-                        model=job.model,
-                        **self._prompt_fields(delta),
-                    )
-                    start = usage.as_dict() if is_continuous else None
-                    data = b"".join(first([choice], start) for choice in opening) + data
-                    opening = []
-                if data:
-                    yield data
-        yield (event([], usage.as_dict()) if has_usage else b"") + DONE
+
+    @property
+    def has_short_form(self) -> bool:
+        return not (self._wants_tokens or self._is_continuous)
+
+    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
+        (choice,) = self._chunk(ChoiceDelta(index=index, text=text))
+        return choice
+
+    def of_text(self, index: int, text: str, token_id: int) -> bytes:
+        if not self._has_begun:
+            return self.of_delta(ChoiceDelta(index=index, text=text, token_ids=(token_id,)))
+        self._usage.add_token()
+        return self._short(index, text) if text else b""
+
+    def of_delta(self, delta: ChoiceDelta) -> bytes:
+        self._usage.add(delta)
+        usage = self._usage.as_dict() if self._is_continuous else None
+        data = b"".join(self._event([choice], usage) for choice in self._chunk(delta))
+        if self._has_begun:
+            return data
+        self._has_begun = True
+        first = self._make_event(**self._prompt_fields(delta))
+        return b"".join(first([choice], usage) for choice in self._opening()) + data
+
+    def last(self) -> bytes:
+        usage = self._event([], self._usage.as_dict()) if self._has_usage else b""
+        return usage + DONE
 
     def _opening(self) -> list[dict[str, Any]]:
         """The chunks that tell each choice's role."""

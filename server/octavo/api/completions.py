@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -13,12 +12,13 @@ from starlette.responses import Response
 
 from octavo.api.errors import ApiError
 from octavo.api.front import Front
-from octavo.api.generation import Job, Usage, gather_job, make_job, run_job
+from octavo.api.generation import Job, Usage, gather_job, make_job
+from octavo.api.live import LiveStream
 from octavo.api.logprobs import LogprobFormat, prompt_text
 from octavo.api.prompts import completion_prompts, is_batch
 from octavo.api.request_body import answering, documented, read_model
 from octavo.api.schemas import MAX_TOTAL_CHOICES, CompletionRequest, StreamOptions
-from octavo.api.sse import DONE, make_event, respond
+from octavo.api.sse import DONE, ShortForm, make_event, respond
 from octavo.engine.outputs import ChoiceDelta, ChoiceResult, best_choices
 from octavo.types import TokenLogprobs
 
@@ -102,7 +102,7 @@ class _CompletionAnswer:
             n = self._body.n or 1
             kept = best_choices(of_prompt, n=n) if n < len(of_prompt) else of_prompt
             for result in kept:
-                choices.append(self._choice(result, p, prompt_logprobs, index=len(choices)))
+                choices.append(self.choice(result, p, prompt_logprobs, index=len(choices)))
         answer = {
             "id": job.response_id,
             "object": "text_completion",
@@ -113,7 +113,7 @@ class _CompletionAnswer:
         }
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
-    def _choice(
+    def choice(
         self,
         news: ChoiceResult | ChoiceDelta,
         prompt_index: int,
@@ -161,42 +161,74 @@ class _CompletionAnswer:
             offsets = echo_offsets + offsets
         return self._logprobs.completion(entries, offsets)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        job, options = self._job, self._body.stream_options or StreamOptions()
-        has_usage, is_continuous = bool(options.include_usage), options.is_continuous
-        event = make_event(
-            has_usage_key=has_usage,
+    def live(self) -> LiveStream:
+        return LiveStream(self._front, self._job, _CompletionEvents(self._body, self._job, self))
+
+
+class _CompletionEvents:
+    """A completion in server-sent events. Implements `octavo.api.live.Events`."""
+
+    def __init__(self, body: CompletionRequest, job: Job, answer: _CompletionAnswer) -> None:
+        options = body.stream_options or StreamOptions()
+        self._body = body
+        self._job = job
+        self._answer = answer
+        self._has_usage, self._is_continuous = bool(options.include_usage), options.is_continuous
+        self._wants_tokens = body.logprobs is not None or bool(body.return_token_ids)
+        self._event = make_event(
+            has_usage_key=self._has_usage,
             id=job.response_id,
             object="text_completion",
             created=job.created,
             model=job.model,
         )
-        usage = Usage(job)
-        begun = [False] * len(job.choices)
-        prompt_logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(job.prompts)
-        async with aclosing(run_job(self._front, job)) as deltas:
-            async for delta in deltas:
-                usage.add(delta)
-                p = job.choices[delta.index].prompt_index
-                if delta.prompt_logprobs is not None:
-                    prompt_logprobs[p] = delta.prompt_logprobs
-                is_first = not begun[delta.index]
-                if not self._is_shown(delta, is_first=is_first):
-                    continue
-                begun[delta.index] = True
-                choice = self._choice(
-                    delta, p, prompt_logprobs[p], index=delta.index, is_first=is_first
-                )
-                yield event([choice], usage.as_dict() if is_continuous else None)
-        yield (event([], usage.as_dict()) if has_usage else b"") + DONE
+        self._short = ShortForm(self._event, self._text_choice)
+        self._usage = Usage(job)
+        self._begun = [False] * len(job.choices)
+        self._prompt_logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(job.prompts)
+
+    @property
+    def has_short_form(self) -> bool:
+        return not (self._wants_tokens or self._is_continuous)
+
+    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
+        return self._answer.choice(
+            ChoiceDelta(index=index, text=text),
+            self._job.choices[index].prompt_index,
+            None,
+            index=index,
+            is_first=False,
+        )
+
+    def of_text(self, index: int, text: str, token_id: int) -> bytes:
+        if not self._begun[index]:
+            return self.of_delta(ChoiceDelta(index=index, text=text, token_ids=(token_id,)))
+        self._usage.add_token()
+        return self._short(index, text) if text else b""
+
+    def of_delta(self, delta: ChoiceDelta) -> bytes:
+        self._usage.add(delta)
+        p = self._job.choices[delta.index].prompt_index
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs[p] = delta.prompt_logprobs
+        is_first = not self._begun[delta.index]
+        if not self._is_shown(delta, is_first=is_first):
+            return b""
+        self._begun[delta.index] = True
+        choice = self._answer.choice(
+            delta, p, self._prompt_logprobs[p], index=delta.index, is_first=is_first
+        )
+        return self._event([choice], self._usage.as_dict() if self._is_continuous else None)
+
+    def last(self) -> bytes:
+        usage = self._event([], self._usage.as_dict()) if self._has_usage else b""
+        return usage + DONE
 
     def _is_shown(self, delta: ChoiceDelta, *, is_first: bool) -> bool:
         """Whether there is anything to show yet."""
-        body = self._body
         if delta.text or delta.finish_reason:
             return True
-        wants_tokens = body.logprobs is not None or bool(body.return_token_ids)
-        return is_first and bool(body.echo) or (bool(delta.token_ids) and wants_tokens)
+        return is_first and bool(self._body.echo) or (bool(delta.token_ids) and self._wants_tokens)
 
 
 def _cut(entries: Sequence[TokenLogprobs], num_top: int) -> list[TokenLogprobs]:

@@ -169,6 +169,10 @@ class Usage:
         if choice.request.fork_of is None and news.num_cached_tokens:
             self._cached[choice.prompt_index] = news.num_cached_tokens
 
+    def add_token(self) -> None:
+        """Counts one more token of any choice."""
+        self._completion_tokens += 1
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self._prompt_tokens,

@@ -6,8 +6,7 @@ Knows bytes and connections; nothing of what the events say.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -15,9 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.api.errors import to_api_error
 from octavo.api.generation import ClientGoneError, client_gone, while_connected
+from octavo.api.live import Body, LiveStream
 
+# The ASGI extension by which a server offers a `Body`: its scope's entry of this name.
+DIRECT_BODY = "octavo.direct_body"
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
@@ -37,19 +38,43 @@ def make_event(*, has_usage_key: bool, **fixed: Any) -> Event:
     return event
 
 
+class ShortForm:
+    """Frames the chunks that tell a choice's text and nothing else, which nearly all do: what
+    `event` makes of them, encoded once around a hole for the text."""
+
+    def __init__(self, event: Event, choice: Callable[[int, str], dict[str, Any]]) -> None:
+        """``choice``: the chunk's choice, of an index and a text."""
+        self._event = event
+        self._choice = choice
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def __call__(self, index: int, text: str) -> bytes:
+        around = self._around.get(index)
+        if around is None:
+            around = self._around[index] = self._find(index)
+        return around[0] + _encode(text) + around[1]
+
+    def _find(self, index: int) -> tuple[bytes, bytes]:
+        # What differs between two texts is the hole: no text can occur elsewhere by chance.
+        one, other = (self._event([self._choice(index, text)], None) for text in ("a", "b"))
+        at = next(i for i, (x, y) in enumerate(zip(one, other, strict=True)) if x != y)
+        return one[: at - 1], one[at + 2 :]
+
+
 class EventStream(Response):
-    """Sends a generator's events. When the client leaves, the generator is closed at once."""
+    """Sends a stream's events. When the client leaves, the stream is closed at once."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, first: bytes, stream: LiveStream) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._first = first
-        self._rest = rest
+        self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
+        body: Body | None = scope.get("extensions", {}).get(DIRECT_BODY)
+        writing = asyncio.ensure_future(self._write(send, body))
         watching = asyncio.ensure_future(client_gone(Request(scope, receive)))
         try:
             await asyncio.wait((writing, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -58,43 +83,41 @@ class EventStream(Response):
         finally:
             for task in (writing, watching):
                 task.cancel()
+            self._stream.close()
             await asyncio.gather(writing, watching, return_exceptions=True)
 
-    async def _write(self, send: Send) -> None:
-        async with aclosing(self._rest):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            try:
-                async for event in self._rest:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            except Exception as error:  # the status is sent: the stream itself must tell
-                body = b"data: " + to_api_error(error).body() + b"\n\n"
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def _write(self, send: Send, body: Body | None) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        if body is not None:
+            self._stream.attach(body)
+            await self._stream.end()
+        else:
+            while data := await self._stream.next():
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        self._stream.close()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def start_stream(request: Request, events: AsyncGenerator[bytes, None]) -> Response:
-    """The response for ``events``. What fails before the first one is raised here, so that it
-    is answered with its own status. Raises `ClientGoneError` too."""
+async def start_stream(request: Request, stream: LiveStream) -> Response:
+    """The response for ``stream``, which is started. What fails before its first event is raised
+    here, so that it is answered with its own status. Raises `ClientGoneError` too."""
     try:
-        first = await while_connected(request, _first(events))
+        stream.start()
+        first = await while_connected(request, stream.first())
     except BaseException:
-        await events.aclose()
+        stream.close()
         raise
-    return EventStream(first, events)
+    return EventStream(first, stream)
 
 
-async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(events)
-
-
-__all__ = ["DONE", "ClientGoneError", "Event", "EventStream", "make_event", "start_stream"]
+__all__ = ["DIRECT_BODY", "DONE", "ClientGoneError", "Event", "EventStream", "make_event"]
 
 
 class Answer(Protocol):
     """One request's answer, which can be given whole or as events."""
 
-    def events(self) -> AsyncGenerator[bytes, None]: ...
+    def live(self) -> LiveStream: ...
 
     async def whole(self) -> Response: ...
 
@@ -102,5 +125,5 @@ class Answer(Protocol):
 async def respond(request: Request, answer: Answer, *, is_streamed: bool) -> Response:
     """The answer in the form that was asked for; its work ends when the client leaves."""
     if is_streamed:
-        return await start_stream(request, answer.events())
+        return await start_stream(request, answer.live())
     return await while_connected(request, answer.whole())

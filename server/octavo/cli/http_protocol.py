@@ -3,14 +3,42 @@ a request, and OpenAI's envelope where there is none to be. Knows bytes, not wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from octavo.api.errors import ApiError
+from octavo.api.sse import DIRECT_BODY
 
 MAX_HEAD_BYTES = 64 * 1024  # of one request: its URL, or its headers and trailers
 LINGER_SECONDS = 1.0  # between our last word on a connection and its close
+
+
+class DirectBody:
+    """The body of one response, written past ASGI's `send` once that has begun it. Implements
+    `octavo.api.live.Body`."""
+
+    __slots__ = ("_cycle", "_protocol")
+
+    def __init__(self, protocol: HttpProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+
+    @property
+    def is_paused(self) -> bool:
+        return self._cycle.flow.write_paused
+
+    def write(self, data: bytes) -> None:
+        cycle = self._cycle
+        if cycle.disconnected or cycle.response_complete:
+            return
+        assert cycle.response_started and cycle.chunked_encoding
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def on_writable(self, callback: Callable[[], None] | None) -> None:
+        self._protocol.on_writable = callback
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -20,6 +48,19 @@ class HttpProtocol(HttpToolsProtocol):
     _num_silent = 0  # bytes since the parser last told us of anything: it is collecting them
     _num_head = 0
     _said_last_word = False
+    on_writable: Callable[[], None] | None = None
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
+
+    def on_headers_complete(self) -> None:
+        before = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not before:  # the newest request's, also behind one still answered
+            scope: dict[str, Any] = self.cycle.scope  # type: ignore[assignment]
+            scope["extensions"] = {DIRECT_BODY: DirectBody(self, self.cycle)}
 
     def data_received(self, data: bytes) -> None:
         if self._said_last_word:

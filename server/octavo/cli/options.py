@@ -26,6 +26,12 @@ def add_engine_flags(
     add_flags(parser, (*ENGINE_CONFIGS, *also), skip=skip)
     add_foreign_flags(parser)
     parser.add_argument("--fake-executor", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--fake-device", type=_three_floats, help=argparse.SUPPRESS)
+
+
+def _three_floats(text: str) -> tuple[float, float, float]:
+    one, two, three = map(parse_float, text.split(","))
+    return one, two, three
 
 
 def engine_config(args: argparse.Namespace, *, skip: Sequence[str] = ()) -> EngineConfig:
@@ -33,17 +39,21 @@ def engine_config(args: argparse.Namespace, *, skip: Sequence[str] = ()) -> Engi
 
     A positional MODEL is ``args.positional_model``; it and ``--model`` may not differ.
     """
-    positional = getattr(args, "positional_model", None)
-    named = getattr(args, "model", None)
-    if positional is not None:
-        if named not in (None, positional):
-            raise ValueError(f"two models were given: {positional} and --model {named}")
-        args.model = positional
+    args.model = positional_model(args)
     return EngineConfig(
         model=from_namespace(ModelConfig, args, skip=skip),
         cache=from_namespace(CacheConfig, args),
         scheduler=from_namespace(SchedulerConfig, args),
     )
+
+
+def positional_model(args: argparse.Namespace) -> str:
+    """The model that was named, in either of two ways; "" if none was. Raises ValueError."""
+    positional: str | None = getattr(args, "positional_model", None)
+    named: str | None = getattr(args, "model", None)
+    if positional is not None and named not in (None, positional):
+        raise ValueError(f"two models were given: {positional} and --model {named}")
+    return positional or named or ""
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:

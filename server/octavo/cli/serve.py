@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
         )
         return 1
     process = EngineProcess(
-        config, fake_executor=args.fake_executor, log_level=server.uvicorn_log_level
+        config,
+        fake_executor=args.fake_executor,
+        fake_device=args.fake_device,
+        log_level=server.uvicorn_log_level,
     )
     try:
         return _serve(args, config, server, listener, process)

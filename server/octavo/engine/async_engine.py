@@ -14,7 +14,7 @@ from typing import Protocol
 
 from octavo.engine import ipc
 from octavo.engine.launch import EngineProcess
-from octavo.engine.protocols import EngineDeadError
+from octavo.engine.protocols import EngineDeadError, Sink
 from octavo.types import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
 
 _PROCESS_POLL_SECONDS = 0.5
@@ -45,10 +45,10 @@ class RequestStream:
     Leaving early (`aclose`, a cancelled wait, or dropping the object) aborts the request.
     """
 
-    def __init__(self, engine: AsyncEngine, request_id: str) -> None:
+    def __init__(self, engine: AsyncEngine, request_id: str, inbox: _Inbox) -> None:
         self._engine = engine
         self._request_id = request_id
-        self._inbox: _Inbox | None = engine._inboxes[request_id]
+        self._inbox: _Inbox | None = inbox
 
     def __aiter__(self) -> RequestStream:
         return self
@@ -72,7 +72,7 @@ class RequestStream:
 
     def _leave(self) -> None:
         if self._inbox is not None:
-            self._engine._leave(self._request_id, self._inbox)
+            self._engine.detach(self._request_id, self._inbox)
             self._inbox = None
 
     def __del__(self) -> None:
@@ -125,7 +125,7 @@ class AsyncEngine:
         self._process = process
         self._stall_seconds = stall_seconds
         self._front = ipc.FrontEnd(process.address)
-        self._inboxes: dict[str, _Inbox] = {}
+        self._sinks: dict[str, Sink] = {}
         self._leaving: set[str] = set()  # aborted by their readers, not yet ended by the engine
         self._outbox: list[EngineRequest] = []
         self._observers: list[Observer] = []
@@ -193,7 +193,7 @@ class AsyncEngine:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._inboxes) + len(self._leaving)
+        return len(self._sinks) + len(self._leaving)
 
     def subscribe(self, observer: Observer) -> None:
         """`observer` hears every request and every step from now on."""
@@ -202,30 +202,42 @@ class AsyncEngine:
     def generate(self, request: EngineRequest) -> RequestStream:
         """Queues `request` now; its news come from the stream. Raises `EngineDeadError`, or
         ValueError when a request of that id is still running."""
+        inbox = _Inbox()
+        self.attach(request, inbox)
+        return RequestStream(self, request.request_id, inbox)
+
+    def attach(self, request: EngineRequest, sink: Sink) -> None:
+        """As `generate`, but `sink` is told the news, in the turn of the loop that brings them."""
         self._check_alive()
-        if request.request_id in self._inboxes or request.request_id in self._leaving:
+        if request.request_id in self._sinks or request.request_id in self._leaving:
             raise ValueError(f"request_id {request.request_id!r} is already running")
         if not self.num_unfinished:
             self._last_progress = time.monotonic()
-        self._inboxes[request.request_id] = _Inbox()
+        self._sinks[request.request_id] = sink
         if not self._outbox:  # one message for all requests of this turn of the loop
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(request)
         for observer in self._observers:
             observer.on_request(request)
-        return RequestStream(self, request.request_id)
+
+    def detach(self, request_id: str, sink: Sink) -> None:
+        """Tells `sink` nothing more. Its request is aborted unless it has ended."""
+        if self._sinks.get(request_id) is sink:
+            self.abort([request_id])
+            del self._sinks[request_id]
+            self._leaving.add(request_id)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Ends requests: each stream gets a last output from the engine. Unknown ids and those
         that have ended are ignored."""
-        live = tuple(i for i in request_ids if i in self._inboxes)
+        live = tuple(i for i in request_ids if i in self._sinks)
         if live and not self._dead.done():
             self._flush()
             self._front.send(ipc.AbortRequests(live))
 
     def abort_all(self) -> None:
         """Ends every request that runs; each stream gets its last output."""
-        self.abort(list(self._inboxes))
+        self.abort(list(self._sinks))
 
     def check_health(self) -> None:
         """Raises `EngineDeadError` when the process is gone or requests make no progress."""
@@ -245,12 +257,6 @@ class AsyncEngine:
         requests, self._outbox = self._outbox, []  # first: what cannot be sent must not stay
         if requests and not self._dead.done():
             self._front.send(ipc.AddRequests(tuple(requests)))
-
-    def _leave(self, request_id: str, inbox: _Inbox) -> None:
-        if self._inboxes.get(request_id) is inbox:
-            self.abort([request_id])
-            del self._inboxes[request_id]
-            self._leaving.add(request_id)
 
     # ---- what comes back -------------------------------------------------------------------
 
@@ -277,14 +283,14 @@ class AsyncEngine:
         for observer in self._observers:
             observer.on_outputs(outputs, now)
         for output in outputs.outputs:
-            inbox = self._inboxes.get(output.request_id)
-            if inbox is None:  # its reader has left
+            sink = self._sinks.get(output.request_id)
+            if sink is None:  # its reader has left
                 if output.finish_reason is not None:
                     self._leaving.discard(output.request_id)
                 continue
             if output.finish_reason is not None:
-                del self._inboxes[output.request_id]
-            inbox.put(output)
+                del self._sinks[output.request_id]
+            sink.put(output)
 
     async def _watch(self) -> None:
         while self._process.exit_code is None:
@@ -295,8 +301,8 @@ class AsyncEngine:
     def _die(self, reason: str) -> None:
         if not self._dead.done():
             self._dead.set_result(reason)
-        for inbox in self._inboxes.values():
-            inbox.fail(self._dead.result())
-        self._inboxes.clear()
+        sinks, self._sinks = self._sinks, {}  # first: a sink that is told may detach others
+        for sink in sinks.values():
+            sink.fail(self._dead.result())
         self._leaving.clear()
         self._outbox.clear()

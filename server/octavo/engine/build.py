@@ -16,14 +16,18 @@ from octavo.types import EngineInfo
 
 
 def build_engine(
-    config: EngineConfig, *, use_fake_executor: bool = False
+    config: EngineConfig,
+    *,
+    use_fake_executor: bool = False,
+    fake_device: tuple[float, float, float] | None = None,
 ) -> tuple[EngineCore, EngineInfo]:
     """Loads the model, sizes its cache and puts scheduler and executor together.
 
     Raises ValueError when the model or an option cannot be used. ``use_fake_executor``: a made-up
-    model without torch, for tests of everything around it.
+    model without torch, for tests of everything around it; ``fake_device``: microseconds that its
+    steps take, and each row and each token in them.
     """
-    executor, info = _fake(config) if use_fake_executor else _worker(config)
+    executor, info = _fake(config, fake_device) if use_fake_executor else _worker(config)
     cache = KVCacheManager(
         num_blocks=info.num_blocks,
         block_size=info.block_size,
@@ -52,8 +56,10 @@ def _worker(config: EngineConfig) -> tuple[Executor, EngineInfo]:
     return build_worker(config)
 
 
-def _fake(config: EngineConfig) -> tuple[Executor, EngineInfo]:
-    from octavo.engine.fake import FakeExecutor  # lazy: tests only
+def _fake(
+    config: EngineConfig, costs: tuple[float, float, float] | None
+) -> tuple[Executor, EngineInfo]:
+    from octavo.engine.fake import FakeDevice, FakeExecutor  # lazy: tests only
 
     # The default model is not fetched for this; 49152 is the size of its vocabulary.
     vocab_size = resolve(config.model).spec.vocab_size if config.model.model else 49152
@@ -72,4 +78,8 @@ def _fake(config: EngineConfig) -> tuple[Executor, EngineInfo]:
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens or 512,
     )
-    return FakeExecutor(vocab_size=info.vocab_size, block_size=block_size), info
+    device = None
+    if costs is not None:
+        device = FakeDevice(step_us=costs[0], row_us=costs[1], token_us=costs[2])
+    executor = FakeExecutor(vocab_size=info.vocab_size, block_size=block_size, device=device)
+    return executor, info

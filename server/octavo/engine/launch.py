@@ -26,6 +26,7 @@ class EngineArguments:
     config: EngineConfig
     address: str  # of the front end's socket
     fake_executor: bool = False  # tests: a made-up model, no torch
+    fake_device: tuple[float, float, float] | None = None  # us a step, and per row, per token
     log_level: str = "info"
 
 
@@ -37,7 +38,12 @@ class EngineProcess:
     """
 
     def __init__(
-        self, config: EngineConfig, *, fake_executor: bool = False, log_level: str = "info"
+        self,
+        config: EngineConfig,
+        *,
+        fake_executor: bool = False,
+        fake_device: tuple[float, float, float] | None = None,
+        log_level: str = "info",
     ) -> None:
         self._folder = _private_folder()
         self.address = f"ipc://{self._folder}/engine"
@@ -45,6 +51,7 @@ class EngineProcess:
             config=config,
             address=self.address,
             fake_executor=fake_executor,
+            fake_device=fake_device,
             log_level=log_level,
         )
         self._process = subprocess.Popen(

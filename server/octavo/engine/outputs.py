@@ -65,6 +65,24 @@ class ChoiceReader:
         )
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._owes_prompt_logprobs = choice.request.params.prompt_logprobs is not None
+        self._has_short_form = (
+            not self._owes_prompt_logprobs
+            and choice.request.params.logprobs is None
+            and not choice.text.stop
+        )
+
+    def read_text(self, output: EngineOutput) -> str | None:
+        """The text of an output that tells one token and nothing else, as most do. None for any
+        other, which has not been read then: it is for `read`."""
+        tokens = output.new_token_ids
+        if (
+            len(tokens) != 1
+            or output.finish_reason is not None
+            or output.num_cached_tokens
+            or not self._has_short_form
+        ):
+            return None
+        return self._detokenizer.push_free(tokens[0])
 
     def read(self, output: EngineOutput) -> ChoiceDelta:
         """After a delta with ``finish_reason`` nothing may be read any more; if ``output`` had

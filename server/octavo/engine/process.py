@@ -49,7 +49,11 @@ def _run(arguments: EngineArguments, end: ipc.EngineEnd) -> int:
         # Lazy: torch takes over a second; the socket above is open and Ctrl-C is safe by now.
         from octavo.engine.build import build_engine
 
-        core, info = build_engine(arguments.config, use_fake_executor=arguments.fake_executor)
+        core, info = build_engine(
+            arguments.config,
+            use_fake_executor=arguments.fake_executor,
+            fake_device=arguments.fake_device,
+        )
     except ValueError as error:
         end.send(ipc.Failed(message=str(error), is_user_error=True))
         return 2

@@ -33,6 +33,17 @@ class EngineDeadError(RuntimeError):
     """The engine process is gone; nothing can be generated until it is restarted."""
 
 
+class Sink(Protocol):
+    """Takes the news of one request as they come. Runs on the loop and inside the engine's turn:
+    must be quick and must not raise."""
+
+    def put(self, output: EngineOutput) -> None:
+        """The next output; the one with a ``finish_reason`` is the last."""
+
+    def fail(self, reason: str) -> None:
+        """The engine is dead; nothing follows."""
+
+
 class Engine(Protocol):
     """What the HTTP front end and benchmarks talk to. `engine.async_engine` is the real one."""
 
@@ -42,6 +53,12 @@ class Engine(Protocol):
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """News of a request until the output that carries ``finish_reason``. Closing the iterator
         early aborts the request. Raises `EngineDeadError`."""
+
+    def attach(self, request: EngineRequest, sink: Sink) -> None:
+        """As `generate`, into a sink. Raises `EngineDeadError`."""
+
+    def detach(self, request_id: str, sink: Sink) -> None:
+        """Tells ``sink`` nothing more, and aborts the request unless it has ended."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Ends requests wherever they are; unknown ids are ignored."""

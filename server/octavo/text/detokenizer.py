@@ -208,6 +208,13 @@ class Detokenizer:
         out, self.stopped_by = self._finder.push(text, may_stop=self.num_tokens > self._min_tokens)
         return out
 
+    def push_free(self, token_id: int) -> str:
+        """As `push`, where there are no stop strings."""
+        self.num_tokens += 1
+        text = self._decoder.push(token_id)
+        self.num_chars += len(text)
+        return text
+
     def flush(self) -> str:
         """All that was held back. A stop string completed only now still ends the text."""
         if self.stopped_by is not None:
