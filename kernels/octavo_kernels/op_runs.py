@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from octavo_kernels.scene import Batch, Scene, batches, decode, prefill
 from octavo_kernels.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -23,93 +22,7 @@ if TYPE_CHECKING:
     from octavo_kernels.paged_attention.shared_prefix import PrefixGroups
     from octavo_kernels.quant_matmul import QuantWeight
 
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A step's lengths: new tokens and tokens in the cache afterwards, of each request."""
-
-    query_lens: tuple[int, ...]
-    seq_lens: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.query_lens)
-
-    @property
-    def num_requests(self) -> int:
-        return len(self.query_lens)
-
-
-def decode(num_requests: int, seq_len: int) -> Batch:
-    """One token each of equally long requests."""
-    return Batch((1,) * num_requests, (seq_len,) * num_requests)
-
-
-def prefill(*lengths: int) -> Batch:
-    """Whole prompts."""
-    return Batch(lengths, lengths)
-
-
-def batches() -> tuple[Batch, ...]:
-    """One for every bucket that decides what is compiled.
-
-    Rows of a matmul, keys of one partition and of many, new tokens of a request that decodes
-    (drafts to verify), and prompts.
-    """
-    found = [decode(rows, 100) for rows in (1, 8, 16, 32, 64, 128, 256, 512)]
-    found += [Batch((new, 1), (40_000, 300)) for new in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64)]
-    found += [prefill(length) for length in (1, 60, 600, 5_000)]
-    found += [Batch((500, 1), (2_500, 70)), decode(512, 40_000)]
-    return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A model's tensors for one batch on one device."""
-
-    shape: ModelShape
-    batch: Batch
-    device: str
-
-    def activations(self, *sizes: int) -> Tensor:
-        return self._random(sizes, self.shape.activation_dtype)
-
-    def floats(self, *sizes: int) -> Tensor:
-        return self._random(sizes, torch.float32)
-
-    def _random(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(*sizes, dtype=torch.float32, device=self.device).to(dtype)
-
-    def ints(self, values: Iterable[int], dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=self.device)
-
-    @property
-    def blocks_a_request(self) -> int:
-        return max(1, -(-max(self.batch.seq_lens) // self.shape.block_size))
-
-    def caches(self) -> tuple[Tensor, Tensor]:
-        """K and V, each [B, K, BLOCK, H], with room for two requests; blocks are shared."""
-        shape = self.shape
-        sizes = (2 * self.blocks_a_request, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        k, v = (torch.zeros(sizes, dtype=shape.cache_dtype, device=self.device) for _ in range(2))
-        return k, v
-
-    def cache_scales(self) -> dict[str, Any]:
-        """k_scale and v_scale [K] where the cache is FP8."""
-        if self.shape.cache_dtype != torch.float8_e4m3fn:
-            return {}
-        heads = self.shape.num_kv_heads
-        return {f"{name}_scale": torch.ones(heads, device=self.device) for name in ("k", "v")}
-
-    def starts(self) -> Tensor:
-        """query_start_loc [R + 1]."""
-        return self.ints(itertools.accumulate(self.batch.query_lens, initial=0))
-
-    def positions(self) -> Tensor:
-        batch = self.batch
-        lengths = zip(batch.query_lens, batch.seq_lens, strict=True)
-        return self.ints(p for new, all_ in lengths for p in range(all_ - new, all_))
-
+__all__ = ["RUNS", "Batch", "Scene", "batches", "decode", "prefill"]
 
 # Plain launches and early ones, which are other kernels: a step's first has nothing to overlap.
 _EARLY = (False, True)
@@ -119,6 +32,21 @@ def _block_copy(scene: Scene) -> None:
     from octavo_kernels.block_copy import gpu
 
     gpu.block_copy([*scene.caches()], src=scene.ints([0]), dst=scene.ints([1]))
+
+
+def _block_move(scene: Scene) -> None:
+    from octavo_kernels.block_move import gpu
+
+    caches = scene.caches()
+    slot = scene.ints([0] * (gpu.slot_words(caches)), torch.int64)
+    for to_slots in (False, True):
+        gpu.block_move(
+            caches,
+            cache_addresses=gpu.addresses_of(caches, device=scene.device),
+            slot_addresses=gpu.addresses_of([slot], device=scene.device),
+            moves=scene.ints([0, 0, 0], torch.int64).view(1, 3),
+            to_slots=to_slots,
+        )
 
 
 def _embedding(scene: Scene) -> None:
@@ -144,25 +72,32 @@ def _matmul(scene: Scene) -> None:
     attended = scene.activations(tokens, heads)
     gated = scene.activations(tokens, shape.ffn)
     gate_up = scene.activations(2 * shape.ffn, shape.hidden)
+    gate_bias = scene.activations(2 * shape.ffn) if shape.has_mlp_bias else None
+    hidden_bias = scene.activations(shape.hidden)
     back = scene.activations(shape.hidden, heads)
+    back_bias = hidden_bias if shape.has_output_bias else None
     down = scene.activations(shape.hidden, shape.ffn)
+    down_bias = hidden_bias if shape.has_mlp_bias else None
     head = scene.activations(shape.vocab, shape.hidden)
     for use_pdl in _EARLY:
         linear = functools.partial(gpu.linear, use_pdl=use_pdl)
+        linear(x, qkv)
         linear(x, qkv, bias=bias)
-        for y, weight in ((attended, back), (gated, down)):
+        for y, weight, its_bias in ((attended, back, back_bias), (gated, down, down_bias)):
             linear(y, weight)
-            linear(y, weight, residual=residual)
+            linear(y, weight, bias=its_bias, residual=residual)
         linear(x, gate_up)
-        product = linear(x, gate_up, activation=shape.gate)  # type: ignore[arg-type]
+        product = linear(x, gate_up, bias=gate_bias, activation=shape.gate)  # type: ignore[arg-type]
         linear(x[: scene.batch.num_requests], head, out_dtype=torch.float32)
     # What follows cuBLAS, which takes over where it is faster and proven.
     gpu.finish(residual, residual=x, out=residual)
-    gpu.finish(scene.activations(tokens, 2 * shape.ffn), activation=shape.gate, out=product)
+    both = scene.activations(tokens, 2 * shape.ffn)
+    gpu.finish(both, bias=gate_bias, activation=shape.gate, out=product)
     if bias is not None:
         wide = scene.activations(tokens, shape.qkv_width)
         gpu.finish(wide, bias=bias, out=wide)
-        gpu.finish(residual, bias=scene.activations(shape.hidden), residual=x, out=residual)
+    if back_bias is not None or down_bias is not None:
+        gpu.finish(residual, bias=hidden_bias, residual=x, out=residual)
 
 
 def _layer_norm(scene: Scene) -> None:
@@ -388,9 +323,44 @@ def _silu_mul(scene: Scene) -> None:
         getattr(gpu, scene.shape.gate)(x, use_pdl=use_pdl)
 
 
+def _step_inputs(scene: Scene) -> None:
+    from octavo_kernels.step_inputs import gpu
+
+    batch, shape = scene.batch, scene.shape
+    rows = scene.ints(range(batch.num_requests))
+    length = max(batch.seq_lens) + 1
+    words = scene.ints(range(8))
+    gpu.scatter_words(
+        words, ranges=scene.ints([0, 0, 2]).view(1, 3), arena=words.clone(), max_len=2
+    )
+    blocks = scene.ints(range(scene.blocks_a_request)).expand(batch.num_requests, -1).contiguous()
+    gpu.build_step_inputs(
+        rows,
+        scene.starts(),
+        scene.ints(batch.seq_lens),
+        token_table=scene.ints([0]).expand(batch.num_requests, length).contiguous(),
+        block_table=blocks,
+        block_size=shape.block_size,
+        num_tokens=batch.num_tokens,
+        max_query_len=max(batch.query_lens),
+        token_ids=scene.positions(),
+        positions=scene.positions(),
+        slots=scene.positions(),
+        block_tables=blocks.clone(),
+    )
+    columns = gpu.SamplingColumns.create(batch.num_requests, device=scene.device)
+    table = columns.arguments() | {"positions": rows}
+    gpu.gather_sampling(rows, out=columns, **table)
+    hidden = scene.activations(batch.num_tokens, shape.hidden)
+    out = scene.activations(batch.num_requests, shape.hidden)
+    for use_pdl in _EARLY:
+        gpu.gather_rows(hidden, rows, out=out, use_pdl=use_pdl)
+
+
 RUNS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
     {
         "block_copy": _block_copy,
+        "block_move": _block_move,
         "embedding": _embedding,
         "layer_norm": _layer_norm,
         "matmul": _matmul,
@@ -401,5 +371,6 @@ RUNS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
         "rotary_kv_write": _rotary_kv_write,
         "sampling": _sampling,
         "silu_mul": _silu_mul,
+        "step_inputs": _step_inputs,
     }
 )
