@@ -110,7 +110,7 @@ FOREIGN_FLAGS: tuple[ForeignFlag, ...] = (
     *_refused("--enable-auto-tool-choice", "tools are not parsed", nargs=0),
     *_refused("--tool-call-parser --tool-parser-plugin --tool-server", "tools are not parsed"),
     *_refused("--structured-outputs-config", "output is not constrained by a grammar"),
-    *_refused("--kv-offloading-size", "the K/V cache has one tier", harmless=("0",)),
+    *_refused("--kv-offloading-backend", "the server offloads by itself", harmless=("native",)),
     *_refused("--kv-transfer-config --kv-events-config", "the K/V cache is not shared"),
     *_refused("--max-num-queued-tokens", "use --max-num-queued-reqs"),
     *_refused("--enable-sleep-mode", "the engine does not sleep", nargs=0),

@@ -107,10 +107,21 @@ class CacheConfig:
         0.92, "share of the GPU's memory to use", minimum=0.01, maximum=1.0
     )
     enable_prefix_caching: bool = _opt(True, "reuse K/V of equal prompt beginnings")
+    kv_offloading_size: float = _opt(
+        0.0,
+        "GiB of host memory for K/V blocks evicted from the prefix cache, which come back on a hit",
+        minimum=0.0,
+        maximum=2.0**20,
+    )
     check_kv_invariants: bool = _opt(False, "prove after each step that no block is lost or shared")
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.kv_offloading_size and not self.enable_prefix_caching:
+            raise ValueError(
+                f"kv_offloading_size must be 0 without enable_prefix_caching, as nothing would be "
+                f"found again, got {self.kv_offloading_size}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from octavo.models import Model, kv_cache_spec, load_model
 from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
 from octavo.worker.kv_tensors import KVTensors
+from octavo.worker.kv_transfer import NoTransfer
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.request_table import RequestTable
 
@@ -73,6 +74,8 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
             max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN, block_size=block_size
         )
         used = model if using is None else using
-        return ModelRunner(used, table=table, kv=kv, sampler=Sampler(VOCAB_SIZE))
+        return ModelRunner(
+            used, table=table, kv=kv, sampler=Sampler(VOCAB_SIZE), transfer=NoTransfer()
+        )
 
     return make

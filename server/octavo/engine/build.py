@@ -32,6 +32,7 @@ def build_engine(
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         enable_prefix_caching=config.cache.enable_prefix_caching,
+        num_host_slots=info.num_host_slots,
         check_invariants=config.cache.check_kv_invariants,
     )
     scheduler = Scheduler(

@@ -1,4 +1,4 @@
-"""Runs a step: diffs, block copies, forward pass, sampling. Knows no model, policy or text.
+"""Runs a step: diffs, moves and copies, forward pass, sampling. Knows no model, policy or text.
 
 A step either happens to a request or it does not: the table moves on only with results in hand,
 so a batch that fails can be repeated request by request and yields the same bits.
@@ -21,6 +21,7 @@ from octavo.sampling.sampler import NON_FINITE_MESSAGE
 from octavo.types import ModelOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.input_batch import InputBatch, build_input_batch
 from octavo.worker.kv_tensors import KVTensors
+from octavo.worker.kv_transfer import KVTransfer
 from octavo.worker.request_table import RequestTable
 
 # Rows of logits that exist at a time: 25 MB for a vocabulary of 49k.
@@ -42,12 +43,19 @@ class ModelRunner:
     """Owns the request table and the K/V memory; one step at a time, in the order given."""
 
     def __init__(
-        self, model: Model, *, table: RequestTable, kv: KVTensors, sampler: Sampler
+        self,
+        model: Model,
+        *,
+        table: RequestTable,
+        kv: KVTensors,
+        sampler: Sampler,
+        transfer: KVTransfer,
     ) -> None:
         self._model = model
         self._table = table
         self._kv = kv
         self._sampler = sampler
+        self._transfer = transfer
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelOutput:
@@ -55,6 +63,7 @@ class ModelRunner:
         failed until the scheduler finishes it."""
         table = self._table
         table.apply(step)
+        loads = self._transfer.apply(step)
         self._kv.copy(step.block_copies)
         results = _Results()
         live: dict[str, int] = {}
@@ -72,6 +81,7 @@ class ModelRunner:
             logprobs=results.logprobs,
             prompt_logprobs=results.prompt_logprobs,
             errors=results.errors,
+            damaged_blocks=loads.damaged(),
         )
 
     def _run(self, request_ids: list[str], counts: list[int], results: _Results) -> None:

@@ -29,6 +29,7 @@ class CachePlan:
 
     num_blocks: int
     max_model_len: int
+    num_host_slots: int = 0  # blocks of the host tier
     notes: tuple[str, ...] = ()  # what the user should know
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
 from octavo.types import EngineInfo, NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.kv_tensors import KVTensors
+from octavo.worker.kv_transfer import CPUTransfer, NoTransfer, plan_host_slots
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.request_table import RequestTable
 from octavo.worker.sizing import (
@@ -78,21 +80,30 @@ def make_runner(config: EngineConfig, *, model: Model) -> tuple[CachePlan, Model
     """Sizes and reserves the cache, and puts table, sampler and model together."""
     block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
     cache_spec = kv_cache_spec(model.spec, block_size=block_size, dtype=_kv_dtype(config))
+    block_bytes, available_bytes = model.backend.block_bytes(cache_spec), available_memory()
+    num_host_slots = plan_host_slots(
+        config.cache, block_bytes=block_bytes, available_bytes=available_bytes
+    )
     plan = plan_cache(
         config.cache,
-        block_bytes=model.backend.block_bytes(cache_spec),
+        block_bytes=block_bytes,
         wanted_len=config.model.max_model_len,
         model_len=model.spec.max_model_len,
         max_num_seqs=max_num_seqs,
-        available_bytes=available_memory(),
+        available_bytes=available_bytes - num_host_slots * block_bytes,
     )
+    plan = replace(plan, num_host_slots=num_host_slots)
+    kv = KVTensors(model.backend, cache_spec, num_blocks=plan.num_blocks)
     runner = ModelRunner(
         model,
         table=RequestTable(
             max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, block_size=block_size
         ),
-        kv=KVTensors(model.backend, cache_spec, num_blocks=plan.num_blocks),
+        kv=kv,
         sampler=Sampler(model.spec.vocab_size),
+        transfer=(
+            CPUTransfer(kv.layers, num_slots=num_host_slots) if num_host_slots else NoTransfer()
+        ),
     )
     return plan, runner
 
@@ -149,6 +160,7 @@ def engine_info(
         max_model_len=plan.max_model_len,
         block_size=config.cache.block_size,
         num_blocks=plan.num_blocks,
+        num_host_slots=plan.num_host_slots,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens(
             config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs
