@@ -16,6 +16,7 @@ from octavo.checkpoint import ModelSpec, RopeSpec, resolve
 from octavo.config import ModelConfig
 from octavo.models import Model, kv_cache_spec, load_model
 from octavo.models.decoder import Decoder
+from octavo.platforms import gpu
 from octavo.platforms.base import Platform
 from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.gpu import GPUPlatform, model_shape
@@ -82,7 +83,7 @@ def test_random_weights_are_those_of_the_cpu(dtype: torch.dtype, tmp_path: Path)
         return load_model(files, files.spec, platform=platform, dtype=dtype, seed=seed)
 
     cpu = load(CPUPlatform(), seed=3)
-    gpu, other = (load(GPUPlatform(gpu_device()), seed=seed) for seed in (3, 4))
+    ours, other = (load(GPUPlatform(gpu_device()), seed=seed) for seed in (3, 4))
 
     def matrices(model: Any) -> list[torch.Tensor]:
         parts = [model.embedding.weight, model.head.weight]
@@ -93,11 +94,11 @@ def test_random_weights_are_those_of_the_cpu(dtype: torch.dtype, tmp_path: Path)
         ids = [torch.arange(0, part.n, 7, device=device) for part in parts]
         return [part.rows(some).cpu().float() for part, some in zip(parts, ids, strict=True)]
 
-    for ours, theirs, others in zip(*map(matrices, (gpu, cpu, other)), strict=True):
-        assert torch.equal(ours, theirs) and not torch.equal(ours, others)
-    biases = [model.layers[1].attention.qkv.bias.cpu() for model in (gpu, cpu)]
+    for mine, same, others in zip(*map(matrices, (ours, cpu, other)), strict=True):
+        assert torch.equal(mine, same) and not torch.equal(mine, others)
+    biases = [model.layers[1].attention.qkv.bias.cpu() for model in (ours, cpu)]
     assert torch.equal(biases[0], biases[1].to(dtype)) and biases[0].any()
-    assert gpu.layers[0].input_norm.weight.eq(1).all()
+    assert ours.layers[0].input_norm.weight.eq(1).all()
 
 
 def test_the_bytes_of_a_model_are_those_of_its_tensors(tmp_path: Path) -> None:
@@ -171,3 +172,61 @@ def test_rows_may_come_from_many_threads_in_any_order() -> None:
         list(pool.map(write, starts))
     ids = torch.arange(320, device=platform.device)
     assert same_bits(weight.rows(ids).cpu(), values.bfloat16())
+
+
+class _FakeCuda:
+    """Stands in for CUDA's copies and events: a copy happens when its event is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        cuda = self
+
+        class Event:
+            def __init__(self) -> None:
+                self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+            def record(self, stream: object) -> None:
+                self.copies, cuda.waiting = cuda.waiting, []
+
+            def synchronize(self) -> None:
+                for target, source in self.copies:
+                    target.data.copy_(source)
+                self.copies = []
+
+        self.events: list[Event] = []
+        empty, copy = torch.empty, torch.Tensor.copy_
+
+        def later(
+            target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
+        ) -> torch.Tensor:
+            if not non_blocking:
+                return copy(target, source)
+            self.waiting.append((target, source))
+            return target
+
+        def made() -> Event:
+            self.events.append(Event())
+            return self.events[-1]
+
+        monkeypatch.setattr(torch.cuda, "Event", made)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **k: empty(*size, **k))
+        monkeypatch.setattr(torch.Tensor, "copy_", later)
+
+    def finish(self) -> None:
+        for event in self.events:
+            event.synchronize()
+
+
+def test_pinned_memory_is_not_refilled_while_its_rows_travel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = torch.randn(40, 6)
+    target = torch.zeros(40, 6, dtype=torch.bfloat16)
+    cuda = _FakeCuda(monkeypatch)
+    staging = gpu._Staging()
+    for start, stop in ((0, 4), (4, 5), (5, 20), (20, 30), (30, 40)):
+        staging.send(values[start:stop].clone(), target[start:stop])
+    assert len(cuda.events) == 2 and not target.eq(values.bfloat16()).all(), "the last two travel"
+    cuda.finish()
+    assert torch.equal(target, values.bfloat16())
