@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,33 @@ def warm(shape: ModelShape, *, processes: int | None = None) -> list[Launch]:
         raise RuntimeError("no CUDA device: launches(shape) lists what would be compiled")
     found = launches(shape)
     major, minor = device.capability()
-    stamp = _stamp(found, 10 * major + minor)
-    if not stamp.exists():
-        failed = compile_all(found, capability=10 * major + minor, processes=processes)
+    capability = 10 * major + minor
+    if not is_compiled(found, capability=capability):
+        failed = compile_into_cache(found, capability=capability, processes=processes)
         if failed:
             what = "; ".join(f"{found[index].name}: {why}" for index, why in failed.items())
             raise RuntimeError(f"{len(failed)} of {len(found)} kernels do not compile: {what}")
     for launch in found:
         _load(launch.compile())
-    _touch(stamp)
     return found
+
+
+def is_compiled(found: Sequence[Launch], *, capability: int) -> bool:
+    """Whether `compile_into_cache` has seen all of these, for this very Triton and GPU."""
+    return _stamp(found, capability).exists()
+
+
+def compile_into_cache(
+    found: Sequence[Launch], *, capability: int, processes: int | None = None
+) -> dict[int, str]:
+    """Fills Triton's disk cache for `capability` (90 = Hopper); what failed by index, and why.
+
+    Needs no GPU: list the launches inside `device.pretending`.
+    """
+    failed = compile_all(found, capability=capability, processes=processes)
+    if not failed:
+        _touch(_stamp(found, capability))
+    return failed
 
 
 def _stamp(found: Iterable[Launch], capability: int) -> Path:
