@@ -66,6 +66,9 @@ class NoTransfer:
         return NO_LOADS
 
 
+NO_TRANSFER = NoTransfer()
+
+
 class CPUTransfer:
     """`KVTransfer` of a CPU, whose host tier is memory beside the cache.
 

@@ -26,6 +26,7 @@ from octavo.worker.gpu.scores import PendingScores, PromptScorer
 from octavo.worker.gpu.table import GpuRequestTable, StepBatch
 from octavo.worker.gpu.upload import Upload
 from octavo.worker.kv_tensors import KVTensors
+from octavo.worker.kv_transfer import NO_TRANSFER, KVTransfer, Loads
 from octavo_kernels.step_inputs.gpu import build_step_inputs
 
 
@@ -44,6 +45,7 @@ class InFlight:
     step: int
     batch: StepBatch
     event: Event  # behind all its work
+    loads: Loads  # from the host tier
     samples: PendingSamples | None  # None: nothing was to be drawn
     prompt_scores: Sequence[_PromptScores]
 
@@ -71,6 +73,7 @@ class GpuRunner:
         scorer: PromptScorer,
         kv: KVTensors,
         graphs: StepGraphs,
+        transfer: KVTransfer = NO_TRANSFER,
     ) -> None:
         self._model = model
         self._runtime = runtime
@@ -82,6 +85,7 @@ class GpuRunner:
         self._sampler = sampler
         self._scorer = scorer
         self._kv = kv
+        self._transfer = transfer
         self._graphs = graphs
         self._inflight: deque[InFlight] = deque()
         self._events: list[Event] = []  # of finished steps, to be used again
@@ -110,6 +114,7 @@ class GpuRunner:
             staged = None if is_plain else self._sampler.stage(batch.sample_rows, self._upload)
         finally:
             self._upload.send()
+            loads = self._transfer.apply(step)
             if copies is not None:
                 self._model.backend.copy_blocks(self._kv.layers, src=copies[0], dst=copies[1])
         if batch.num_tokens:
@@ -119,7 +124,12 @@ class GpuRunner:
         event = self._events.pop() if self._events else self._runtime.event()
         event.record()
         flight = InFlight(
-            step=step.step, batch=batch, event=event, samples=samples, prompt_scores=prompt_scores
+            step=step.step,
+            batch=batch,
+            event=event,
+            loads=loads,
+            samples=samples,
+            prompt_scores=prompt_scores,
         )
         self._inflight.append(flight)
         return flight
@@ -261,6 +271,7 @@ class GpuRunner:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             errors=failed,
+            damaged_blocks=flight.loads.damaged(),
             worker=self._graphs.take_stats(),
         )
 
