@@ -377,3 +377,43 @@ def test_whole_vocabularies_draw_the_cpu_tokens(spread: float, dtype: torch.dtyp
     generator = torch.Generator().manual_seed(6)
     logits = (torch.randn(len(ways) * 4, 128256, generator=generator) * spread).to(dtype)
     assert_as_on_cpu(logits, columns(len(ways) * 4, **given))
+
+
+def test_results_go_where_they_are_wanted_and_no_further() -> None:
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(2))
+    given = columns(3, temperature=[0.0, 1.0, 0.0])
+    out = torch.full((6,), -9, device=DEVICE), torch.full((8,), -9, device=DEVICE).int()
+    moved: dict[str, Any] = {name: x.to(DEVICE) for name, x in given.items()}
+    places = out[0][2:5], out[1][4:7]
+    tokens, status = gpu.sample(logits.to(DEVICE), **moved, out=places)
+    assert tokens is places[0] and status is places[1]
+    want = sampling.sample(logits, **given)[0].tolist()
+    assert out[0].tolist() == [-9, -9, *want, -9] and out[1].tolist() == [*[-9] * 4, 0, 0, 0, -9]
+    with pytest.raises(ValueError, match=r"out\[1\] must be torch.int32 \[3\]"):
+        gpu.sample(logits.to(DEVICE), **moved, out=(out[0][:3], out[1]))
+
+
+def test_every_list_of_parameters_has_its_own_size() -> None:
+    """One stop and no bias beside many bad words: a short list cuts no other short."""
+    params = gpu_params.GpuLogitParams.create(
+        num_slots=2, vocab_size=300, max_tokens=8, list_capacity=1, device=DEVICE
+    )
+
+    def ints(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    lists = replace(
+        params.lists,
+        min_tokens=ints(0, 4),
+        bad_starts=ints(0, 0, 3),
+        word_starts=ints(0, 1, 2, 3),
+        bad_ids=ints(20, 30, 40),
+        stop_starts=ints(0, 0, 1),
+        stop_ids=ints(50),
+        bias_starts=ints(0, 1, 1),
+        bias_ids=ints(60),
+    )
+    logits = torch.zeros(1, 300, device=DEVICE)
+    row, slot = ints(0), ints(1)
+    gpu_params.apply_logit_params(logits, params=replace(params, lists=lists), rows=row, slots=slot)
+    assert (logits[0] == -INF).nonzero()[:, 0].tolist() == [20, 30, 40, 50]

@@ -178,8 +178,8 @@ def sample(
     check_column("sample", logits, "seeds", seeds, torch.int64, num_rows)
     check_column("sample", logits, "positions", positions, torch.int64, num_rows)
     if out is None:
-        tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-        status = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+        kinds = (torch.int64, torch.int32)
+        tokens, status = (torch.empty(num_rows, dtype=d, device=logits.device) for d in kinds)
     else:
         tokens, status = out
         check_column("sample", logits, "out[0]", tokens, torch.int64, num_rows)
