@@ -231,6 +231,11 @@ class StepStats:
         """Share of blocks owned by live requests, 0 to 1."""
         return self.num_owned_blocks / self.num_blocks if self.num_blocks else 0.0
 
+    @property
+    def host_tier_usage(self) -> float:
+        """Share of the host tier's slots that hold a block, 0 to 1."""
+        return self.num_host_blocks / self.num_host_slots if self.num_host_slots else 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOutputs:

@@ -6,12 +6,12 @@ gateways and autoscalers work; ours begin with ``octavo:``. A metric is one row 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from octavo import __version__
 from octavo.types import (
@@ -114,6 +114,10 @@ TABLE: Mapping[str, Row] = {
     "vllm:kv_cache_usage_perc": _gauge("Share of K/V blocks in use; 1 is all."),
     "vllm:prefix_cache_queries": _counter("Prompt tokens looked up in the prefix cache."),
     "vllm:prefix_cache_hits": _counter("Prompt tokens found in the prefix cache."),
+    "vllm:external_prefix_cache_queries": _counter(
+        "Prompt tokens not found in the prefix cache and looked up in the host tier."
+    ),
+    "vllm:external_prefix_cache_hits": _counter("Prompt tokens found in the host tier."),
     "vllm:num_preemptions": _counter("Preemptions."),
     "vllm:prompt_tokens": _counter("Prompt tokens processed, cached ones included."),
     "vllm:prompt_tokens_cached": _counter("Prompt tokens served by the prefix cache."),
@@ -149,6 +153,12 @@ TABLE: Mapping[str, Row] = {
         buckets=_HTTP,
     ),
     "octavo:kv_blocks": _gauge("K/V blocks: free, cached (reusable), owned by requests.", "state"),
+    "octavo:kv_offload_usage_perc": _gauge("Share of the host tier in use; 1 is all."),
+    "octavo:kv_offload_saved_blocks": _counter("K/V blocks copied to the host tier."),
+    "octavo:kv_offload_loaded_blocks": _counter("K/V blocks brought back from the host tier."),
+    "octavo:kv_offload_damaged_blocks": _counter(
+        "K/V blocks of the host tier that were not what had been saved, and computed anew."
+    ),
     "octavo:kv_wasted_slots": _gauge("Token places allocated to running requests and not filled."),
     "octavo:step_host_seconds": _histogram("Time per step outside the model.", _HOST),
     "octavo:steps": _counter("Steps run."),
@@ -187,10 +197,50 @@ class _Track:
     is_stopped: bool = False  # by a stop string: the engine only hears an abort
 
 
-class Metrics:
-    """All series of one server: an engine observer, and what ``GET /metrics`` answers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """A metric and its samples: (name, labels, value)."""
 
-    ``model_name`` is the name clients use.
+    name: str
+    help: str
+    kind: str
+    samples: tuple[tuple[str, dict[str, str], float], ...]
+
+
+def render_sum(shares: Iterable[Iterable[Series]]) -> bytes:
+    """The series of several processes, added up, in Prometheus' text format."""
+    metrics: dict[str, Metric] = {}
+    sums: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for series in (series for share in shares for series in share):
+        if series.name not in metrics:
+            metrics[series.name] = Metric(series.name, series.help, series.kind)
+        of_metric = sums.setdefault(series.name, {})
+        for name, labels, value in series.samples:
+            key = name, tuple(labels.items())
+            of_metric[key] = of_metric.get(key, 0.0) + value
+    for name, metric in metrics.items():
+        for (sample, labels_of), value in sums[name].items():
+            metric.add_sample(sample, dict(labels_of), value)
+    data: bytes = prometheus_client.generate_latest(_Collected(list(metrics.values())))
+    return data
+
+
+class _Collected(CollectorRegistry):
+    """A registry of metrics that have been collected."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        super().__init__()
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
+
+
+class Metrics:
+    """The series of one HTTP process: an engine observer, and what ``GET /metrics`` answers.
+
+    ``model_name`` is the name clients use. What is told of the engine or the server as a whole is
+    counted by the first process alone (``is_first``): the sum over all processes is the server's.
     """
 
     content_type = prometheus_client.CONTENT_TYPE_LATEST
@@ -200,6 +250,7 @@ class Metrics:
         info: EngineInfo,
         *,
         model_name: str,
+        is_first: bool = True,
         cache_config: Mapping[str, Any] | None = None,
         start_phases: Mapping[str, float] | None = None,
     ) -> None:
@@ -219,11 +270,14 @@ class Metrics:
         self._tracks: dict[str, _Track] = {}
         for reason in FinishReason:  # so that rates have a zero to start from
             self._labelled("vllm:request_success", finished_reason=reason.value)
-        for source in ("local_compute", "local_cache_hit"):
+        for source in ("local_compute", "local_cache_hit", "external_kv_transfer"):
             self._labelled("vllm:prompt_tokens_by_source", source=source)
         self._labelled("vllm:admission_rejections", reason="max_num_queued_reqs")
         for how in ("graph", "eager"):
             self._labelled("octavo:forward_passes", how=how)
+        self._is_first = is_first
+        if not is_first:
+            return
         self._labelled("octavo:build", version=__version__).set(1)
         for phase, seconds in (start_phases or info.phases).items():
             self._labelled("octavo:ready_seconds", phase=phase).set(seconds)
@@ -256,6 +310,18 @@ class Metrics:
         data: bytes = prometheus_client.generate_latest(self._registry)
         return data
 
+    def series(self) -> list[Series]:
+        """Every series, for `render_sum`."""
+        return [
+            Series(
+                name=metric.name,
+                help=metric.documentation,
+                kind=metric.type,
+                samples=tuple((s.name, s.labels, s.value) for s in metric.samples),
+            )
+            for metric in self._registry.collect()
+        ]
+
     def observe_http(self, *, handler: str, method: str, status: int, seconds: float) -> None:
         """One HTTP request has been answered. `handler` is the route, not the raw path."""
         labels = {"handler": handler, "method": method, "status": f"{status // 100}xx"}
@@ -285,7 +351,7 @@ class Metrics:
             track = self._tracks.get(output.request_id)
             if track is not None:
                 self._on_output(track, output, now)
-        if outputs.stats is not None:
+        if outputs.stats is not None and self._is_first:
             self._on_stats(outputs.stats)
             self._count_step(outputs.stats)
             if outputs.stats.worker is not None:
@@ -346,6 +412,7 @@ class Metrics:
         self._labelled("octavo:kv_blocks", state="cached").set(stats.num_cached_blocks)
         self._labelled("octavo:kv_blocks", state="owned").set(stats.num_owned_blocks)
         plain["octavo:kv_wasted_slots"].set(stats.num_wasted_slots)
+        plain["octavo:kv_offload_usage_perc"].set(stats.host_tier_usage)
 
     def _count_work(self, worker: WorkerStats) -> None:
         for how, count in (("graph", worker.graph_steps), ("eager", worker.eager_steps)):
@@ -356,13 +423,22 @@ class Metrics:
     def _count_step(self, stats: StepStats) -> None:
         plain = self._plain
         plain["vllm:prefix_cache_queries"].inc(stats.prefix_cache_queries)
-        plain["vllm:prefix_cache_hits"].inc(stats.prefix_cache_hits)
+        cache_hits = stats.prefix_cache_hits - stats.prefix_cache_host_hits
+        plain["vllm:prefix_cache_hits"].inc(cache_hits)
+        if stats.num_host_slots:
+            queries = stats.prefix_cache_queries - cache_hits
+            plain["vllm:external_prefix_cache_queries"].inc(queries)
+            plain["vllm:external_prefix_cache_hits"].inc(stats.prefix_cache_host_hits)
+            plain["octavo:kv_offload_saved_blocks"].inc(stats.saved_blocks)
+            plain["octavo:kv_offload_loaded_blocks"].inc(stats.loaded_blocks)
+            plain["octavo:kv_offload_damaged_blocks"].inc(stats.damaged_blocks)
         plain["vllm:num_preemptions"].inc(stats.preemptions)
         plain["vllm:prompt_tokens"].inc(stats.prompt_tokens + stats.prefix_cache_hits)
         plain["vllm:prompt_tokens_cached"].inc(stats.prefix_cache_hits)
         for source, count in (
             ("local_compute", stats.prompt_tokens),
-            ("local_cache_hit", stats.prefix_cache_hits),
+            ("local_cache_hit", cache_hits),
+            ("external_kv_transfer", stats.prefix_cache_host_hits),
         ):
             self._labelled("vllm:prompt_tokens_by_source", source=source).inc(count)
         plain["vllm:generation_tokens"].inc(stats.generation_tokens)
