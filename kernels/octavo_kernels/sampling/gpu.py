@@ -177,13 +177,9 @@ def sample(
     check_column("sample", logits, "top_k", top_k, torch.int32, num_rows)
     check_column("sample", logits, "seeds", seeds, torch.int64, num_rows)
     check_column("sample", logits, "positions", positions, torch.int64, num_rows)
-    if out is None:
-        kinds = (torch.int64, torch.int32)
-        tokens, status = (torch.empty(num_rows, dtype=d, device=logits.device) for d in kinds)
-    else:
-        tokens, status = out
-        check_column("sample", logits, "out[0]", tokens, torch.int64, num_rows)
-        check_column("sample", logits, "out[1]", status, torch.int32, num_rows)
+    tokens, status = _outputs(logits) if out is None else out
+    check_column("sample", logits, "out[0]", tokens, torch.int64, num_rows)
+    check_column("sample", logits, "out[1]", status, torch.int32, num_rows)
     work = workspace
     if work is None:
         work = GpuWorkspace.create(
@@ -218,6 +214,12 @@ def sample(
         num_warps=4,
     )
     return tokens, status
+
+
+def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    size, device = logits.shape[0], logits.device
+    tokens = torch.empty(size, dtype=torch.int64, device=device)
+    return tokens, torch.empty(size, dtype=torch.int32, device=device)
 
 
 def _parts(num_rows: int, vocab_size: int) -> dict[str, int]:
