@@ -22,6 +22,7 @@ from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.gpu import GPUPlatform, model_shape
 from octavo_kernels import launches
 from octavo_kernels.launch import collecting
+from octavo_kernels.matmul import gpu as matmul
 from octavo_kernels.testing import gpu_device, same_bits
 
 CONFIG = {
@@ -118,7 +119,8 @@ def test_the_bytes_of_a_model_are_those_of_its_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_nothing_is_launched_that_is_not_listed(name: str, dtype: torch.dtype) -> None:
-    """Of steps at full size, without memory for them: neither plain nor early launches."""
+    """Of steps at full size, without memory for them: plain and early launches, by tiles and by
+    cuBLAS, and what proves cuBLAS."""
     spec = SPECS[name]
     shape = model_shape(spec, dtype=dtype, cache_dtype=dtype, block_size=16)
     listed = {launch.key for launch in launches(shape)}
@@ -140,10 +142,20 @@ def test_nothing_is_launched_that_is_not_listed(name: str, dtype: torch.dtype) -
                 seq_lens=ints(num_requests),
                 max_query_len=max_query_len,
             )
+            proven = [(n, k) for n, k, _ in platform.products]
             with collecting() as found:
-                hidden = model.forward(ints(num_tokens), attn, caches)
-                model.compute_logits(hidden[:num_requests])
-            assert len(found) > 15
+                for products in ((), proven):
+                    with matmul.assuming_cublas(products, dtype, rows=num_tokens):
+                        hidden = model.forward(ints(num_tokens), attn, caches)
+                        model.compute_logits(hidden[:num_requests])
+                for n, k in proven:
+                    x, weight, out = (
+                        torch.empty(sizes, dtype=dtype, device="meta")
+                        for sizes in ((num_tokens, k), (n, k), (num_tokens, n))
+                    )
+                    tile = matmul.tile_for(n, k, dtype, num_tokens, gated=False)
+                    matmul.by_tile(x, weight, tile, out=out)
+            assert len(found) > 30
             for launch in found:
                 assert launch.key in listed, f"{launch.name} {launch.options}"
 
