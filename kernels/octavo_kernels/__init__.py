@@ -20,6 +20,7 @@ def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kern
     # Here, so that whoever needs one op (or only a spec) does not import all of them.
     from octavo_kernels import (
         block_copy,
+        block_move,
         matmul,
         paged_attention,
         rms_norm,
@@ -29,7 +30,7 @@ def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kern
     )
 
     found = [*matmul.kernels(weight_dtype), *paged_attention.kernels(cache_dtype=cache_dtype)]
-    for op in (block_copy, rms_norm, rotary_kv_write, sampling, silu_mul):
+    for op in (block_copy, block_move, rms_norm, rotary_kv_write, sampling, silu_mul):
         found += op.kernels()
     return found
 

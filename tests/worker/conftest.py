@@ -16,7 +16,7 @@ from octavo.models import Model, kv_cache_spec, load_model
 from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
 from octavo.worker.kv_tensors import KVTensors
-from octavo.worker.kv_transfer import NoTransfer
+from octavo.worker.kv_transfer import NO_TRANSFER, CPUTransfer
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.request_table import RequestTable
 
@@ -63,7 +63,12 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
     """(num_blocks, block_size, max_num_seqs, model) -> runner with NaN in every K/V slot."""
 
     def make(
-        *, num_blocks: int = 64, block_size: int = 16, max_num_seqs: int = 40, using: Any = None
+        *,
+        num_blocks: int = 64,
+        block_size: int = 16,
+        max_num_seqs: int = 40,
+        num_host_slots: int = 0,
+        using: Any = None,
     ) -> ModelRunner:
         spec = kv_cache_spec(model.spec, block_size=block_size, dtype=torch.float32)
         kv = KVTensors(model.backend, spec, num_blocks=num_blocks)
@@ -74,8 +79,9 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
             max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN, block_size=block_size
         )
         used = model if using is None else using
-        return ModelRunner(
-            used, table=table, kv=kv, sampler=Sampler(VOCAB_SIZE), transfer=NoTransfer()
-        )
+        has_tier = num_host_slots > 0
+        transfer = CPUTransfer(kv.layers, num_slots=num_host_slots) if has_tier else NO_TRANSFER
+        sampler = Sampler(VOCAB_SIZE)
+        return ModelRunner(used, table=table, kv=kv, sampler=sampler, transfer=transfer)
 
     return make

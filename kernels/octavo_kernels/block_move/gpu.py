@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo_kernels.block_move.gpu_kernel import move_blocks
-from octavo_kernels.block_move.reference import WORD_BYTES, slot_words
+from octavo_kernels.block_move.reference import WORD_BYTES, block_words
 from octavo_kernels.launch import launch
 
 _VECTOR_BYTES = 16
@@ -41,34 +41,31 @@ def block_move(
     a number outside is skipped, with sum 0. Nothing is read by the host. Raises ValueError for what
     does not fit otherwise.
     """
-    words = slot_words(caches)
-    block_words = words // len(caches)
-    sizes = {cache.shape[0] for cache in caches}
-    if any(cache[0].numel() * cache.element_size() != block_words * WORD_BYTES for cache in caches):
-        raise ValueError(f"caches must have blocks of one size, got {[c.shape for c in caches]}")
+    sizes = {(cache.shape[0], block_words(cache)) for cache in caches}
     if len(sizes) > 1 or cache_addresses.shape != (len(caches),):
         raise ValueError(
-            f"caches must have one number of blocks, and an address each, got {sorted(sizes)} and "
+            f"caches must be of one size, with an address each, got {sorted(sizes)} and "
             f"{tuple(cache_addresses.shape)}"
         )
+    ((num_blocks, words),) = sizes
     if moves.dtype != torch.int64 or moves.dim() != 2 or moves.shape[1] != 3:
         raise ValueError(f"moves must be [n, 3] int64, got {tuple(moves.shape)} {moves.dtype}")
     sums = torch.zeros(moves.shape[0], dtype=torch.int64, device=moves.device)
-    chunk = min(1 << (block_words - 1).bit_length(), _CHUNK)
+    chunk = min(1 << (words - 1).bit_length(), _CHUNK)
     launch(
         move_blocks,
-        (moves.shape[0] * len(caches) * -(-block_words // chunk),),
+        (moves.shape[0] * len(caches) * -(-words // chunk),),
         cache_addresses,
         slot_addresses,
         moves.contiguous(),
         sums,
         len(caches),
-        sizes.pop(),
+        num_blocks,
         slot_addresses.shape[0],
         TO_SLOTS=to_slots,
-        BLOCK_WORDS=block_words,
+        BLOCK_WORDS=words,
         CHUNK=chunk,
-        ALIGNMENT=_VECTOR_BYTES if block_words % 2 == 0 else WORD_BYTES,
+        ALIGNMENT=_VECTOR_BYTES if words % 2 == 0 else WORD_BYTES,
         num_warps=4,
     )
     return sums

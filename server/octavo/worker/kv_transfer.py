@@ -16,14 +16,8 @@ import torch
 
 from octavo.attention.base import KVLayer
 from octavo.config import CacheConfig
-from octavo.types import SchedulerOutput
-from octavo_kernels.block_move import (
-    load_block,
-    save_block,
-    slot_sum,
-    slot_words,
-    word_weights,
-)
+from octavo.types import BlockMove, SchedulerOutput
+from octavo_kernels import block_move
 
 GIB = 1 << 30
 _log = logging.getLogger(__name__)
@@ -78,28 +72,33 @@ class CPUTransfer:
 
     def __init__(self, layers: Sequence[KVLayer], *, num_slots: int) -> None:
         self._caches = [cache for layer in layers for cache in layer]
-        num_words = slot_words(self._caches)
+        num_words = block_move.slot_words(self._caches)
         self.slots = torch.empty(num_slots, num_words, dtype=torch.int64)
-        self._weights = word_weights(num_words)
         self._marks = [0] * num_slots  # sum plus tag of what was saved
+        block_move.warm()
 
     def apply(self, step: SchedulerOutput) -> Loads:
-        for move in step.saves:
-            save_block(self._caches, block=move.block, slot=self.slots[move.slot])
-            self._marks[move.slot] = self._mark(move.slot, move.tag)
+        if step.saves:
+            marks = self._move(step.saves, to_slots=True)
+            for move, mark in zip(step.saves, marks, strict=True):
+                self._marks[move.slot] = mark
         if not step.loads:
             return NO_LOADS
-        damaged = []
-        for move in step.loads:
-            if self._mark(move.slot, move.tag) == self._marks[move.slot]:
-                load_block(self._caches, block=move.block, slot=self.slots[move.slot])
-            else:
-                damaged.append(move.block)
+        marks = self._move(step.loads, to_slots=False)
+        damaged = [
+            move.block
+            for move, mark in zip(step.loads, marks, strict=True)
+            if mark != self._marks[move.slot]
+        ]
         tell_damaged(damaged)
         return Checked(tuple(damaged))
 
-    def _mark(self, slot: int, tag: int) -> int:
-        return (slot_sum(self.slots[slot], weights=self._weights) + tag) % 2**64
+    def _move(self, moves: Sequence[BlockMove], *, to_slots: bool) -> list[int]:
+        numbers = torch.tensor([(move.block, move.slot, move.tag) for move in moves])
+        sums = block_move.block_move(
+            self._caches, slots=self.slots, moves=numbers, to_slots=to_slots
+        )
+        return sums.tolist()
 
 
 def tell_damaged(blocks: Sequence[int]) -> None:
