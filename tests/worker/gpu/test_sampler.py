@@ -18,8 +18,8 @@ from octavo.types import SamplingParams, TokenLogprobs
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers, StepSizes
 from octavo.worker.gpu.logit_lists import LogitLists
-from octavo.worker.gpu.runtime import HostRuntime
-from octavo.worker.gpu.sampler import GpuSampler, PendingSamples
+from octavo.worker.gpu.runtime import CudaRuntime, HostRuntime, Runtime
+from octavo.worker.gpu.sampler import GpuSampler, PendingSamples, Rows
 from octavo.worker.gpu.upload import Upload, upload_words
 from octavo_kernels import op_runs
 from octavo_kernels.launch import collecting
@@ -62,26 +62,31 @@ ALL = list(KINDS.values())
 class LookUp:
     """A model whose hidden rows name rows of a table of logits."""
 
-    def __init__(self) -> None:
-        self.table = torch.zeros(SIZES.max_num_tokens, VOCAB)
+    def __init__(self, device: torch.device) -> None:
+        self.table = torch.zeros(SIZES.max_num_tokens, VOCAB, device=device)
 
     def compute_logits(self, hidden: Tensor, *, out: Tensor) -> Tensor:
         return out.copy_(self.table[hidden[:, 0].long()])
+
+
+def new_runtime() -> Runtime:
+    return CudaRuntime() if torch.cuda.is_available() else HostRuntime()
 
 
 class Rig:
     """A sampler with what stands around it, and the CPU's beside it with the same requests."""
 
     def __init__(self, sizes: StepSizes = SIZES) -> None:
-        runtime = HostRuntime()
+        self.runtime = runtime = new_runtime()
         rows = sizes.max_num_seqs
-        self.arena = RequestArena(request_columns(sizes), num_rows=rows, device="cpu")
+        columns = request_columns(sizes)
+        self.arena = RequestArena(columns, num_rows=rows, device=runtime.device)
         self.buffers = StepBuffers.create(
             sizes, num_words=upload_words(sizes), device=runtime.device
         )
         self.upload = Upload(runtime, sizes=sizes, words=self.buffers.words, arena=self.arena)
         self.sampler = GpuSampler(self.arena, sizes=sizes, runtime=runtime, max_logprobs=5)
-        self.lookup = LookUp()
+        self.lookup = LookUp(runtime.device)
         self.model = cast(Model, self.lookup)
         self.buffers.hidden[:, 0] = torch.arange(sizes.max_num_tokens)
         self.token_ids = np.zeros((rows, sizes.max_model_len + 1), np.int32)
@@ -112,9 +117,23 @@ class Rig:
 
     def launch(self, logits: Tensor, rows: Sequence[int], *, padding: int = 0) -> PendingSamples:
         """Draws for rows from logits [S, V], which belong to tokens in the reverse order."""
+        table_rows = self.fill(logits, rows)
+        size, scores = len(rows), None
+        if self.sampler.is_plain(table_rows):
+            self.upload.send()
+            self.sampler.launch_plain(self.model, self.buffers, size + padding)
+        else:
+            staged = self.sampler.stage(table_rows, self.upload)
+            self.upload.send()
+            scores = self.sampler.launch(self.model, self.buffers, staged)
+        return self.sampler.fetch(self.buffers, size, scores)
+
+    def fill(self, logits: Tensor, rows: Sequence[int]) -> Rows:
+        """Stages the batch; the rows as an array."""
         size = len(rows)
         places = np.arange(size)[::-1].astype(np.int32)
-        self.lookup.table[torch.from_numpy(places.astype(np.int64))] = logits
+        where = torch.from_numpy(places.astype(np.int64)).to(self.runtime.device)
+        self.lookup.table[where] = logits.to(self.runtime.device)
         table_rows = np.array(rows, np.int64)
         self.upload.batch.fill(
             rows=table_rows,
@@ -124,15 +143,13 @@ class Rig:
             sample_rows=table_rows,
             sample_positions=self.num_tokens[table_rows],
         )
-        scores = None
-        if self.sampler.is_plain(table_rows):
-            self.upload.send()
-            self.sampler.launch_plain(self.model, self.buffers, size + padding)
-        else:
-            staged = self.sampler.stage(table_rows, self.upload)
-            self.upload.send()
-            scores = self.sampler.launch(self.model, self.buffers, staged)
-        return self.sampler.fetch(self.buffers, size, scores)
+        return table_rows
+
+    def read(self, pending: PendingSamples) -> Sampled:
+        event = self.runtime.event()
+        event.record()
+        event.wait()
+        return self.sampler.read(pending)
 
     def on_cpu(self, logits: Tensor, rows: Sequence[int]) -> Sampled:
         slots = np.array(rows, np.int32)
@@ -165,7 +182,7 @@ class Rig:
 
     def step(self, logits: Tensor, rows: Sequence[int]) -> Sampled:
         """One step of both, which must agree."""
-        got = self.sampler.read(self.launch(logits, rows))
+        got = self.read(self.launch(logits, rows))
         assert_same(got, self.on_cpu(logits, rows))
         self.append(rows, got.token_ids)
         return got
@@ -220,7 +237,6 @@ def test_every_parameter_acts_as_on_the_cpu_step_after_step() -> None:
     assert rig.known() == want
     stops = [tokens in (1, 2, 3) for tokens in want[7][4:]]
     assert stops == [False, True, True]  # one token of output, then two
-    rig.step(logits_for(3, 9), [6, 3, 0])
 
 
 def test_a_row_draws_the_same_alone_plain_or_among_rows_with_parameters() -> None:
@@ -259,7 +275,7 @@ def test_padding_draws_for_nobody() -> None:
     before = rig.known()
     for buffer in (rig.buffers.sampled, rig.buffers.status):
         buffer.fill_(-5)
-    found = rig.sampler.read(rig.launch(logits_for(2, 0), [2, 0], padding=3))
+    found = rig.read(rig.launch(logits_for(2, 0), [2, 0], padding=3))
     want = rig.on_cpu(logits_for(2, 0), [2, 0])
     assert found.token_ids == want.token_ids and not found.errors
     after = rig.known()
@@ -267,6 +283,24 @@ def test_padding_draws_for_nobody() -> None:
     assert after[0] == [*before[0], want.token_ids[1]]
     assert [after[row] for row in (1, 3, 4, 5, 6, 7)] == [before[r] for r in (1, 3, 4, 5, 6, 7)]
     assert rig.buffers.sampled[5:].tolist() == [-5] * 3
+
+
+def test_a_captured_draw_draws_for_any_batch() -> None:
+    filters = KINDS["filters"]
+    rig = filled([GREEDY, filters, filters, GREEDY, GREEDY])
+    rig.read(rig.launch(logits_for(2, 5), [4, 3], padding=1))
+    rig.append([4, 3], rig.buffers.sampled[:2].tolist())
+    graph = rig.runtime.capture(lambda: rig.sampler.launch_plain(rig.model, rig.buffers, 3))
+    for step, rows in enumerate(([2, 0, 1], [3, 1])):
+        logits = logits_for(len(rows), step)
+        want = rig.on_cpu(logits, rows)
+        rig.fill(logits, rows)
+        rig.upload.send()
+        graph.replay()
+        assert_same(rig.read(rig.sampler.fetch(rig.buffers, len(rows), None)), want)
+        rig.append(rows, want.token_ids)
+    on_cpu = zip(rig.token_ids, rig.num_tokens, strict=True)
+    assert rig.known() == [tokens[:length].tolist() for tokens, length in on_cpu]
 
 
 def test_errors_stay_in_their_row_and_append_nothing() -> None:
@@ -296,7 +330,7 @@ def test_results_of_several_steps_wait_for_their_reading() -> None:
         pending.append(rig.launch(logits, rows))
         rig.append(rows, want[-1].token_ids)
     for results, expected in zip(pending, want, strict=True):
-        assert_same(rig.sampler.read(results), expected)
+        assert_same(rig.read(results), expected)
 
 
 def test_a_bias_given_twice_counts_twice() -> None:
@@ -307,8 +341,7 @@ def test_a_bias_given_twice_counts_twice() -> None:
 
 
 def test_lists_longer_than_any_before() -> None:
-    runtime = HostRuntime()
-    lists = LogitLists(num_rows=3, runtime=runtime)
+    lists = LogitLists(num_rows=3, runtime=new_runtime())
     first = lists.columns()
     assert lists.columns() is first and first["bias_ids"].data_ptr() % 16 == 0
     rig = Rig()

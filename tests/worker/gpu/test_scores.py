@@ -14,10 +14,14 @@ from octavo.models.base import Model
 from octavo.sampling.logprobs import score_hidden
 from octavo.types import TokenLogprobs
 from octavo.worker.gpu.landing import Landings
-from octavo.worker.gpu.runtime import HostRuntime
-from octavo.worker.gpu.scores import PromptScorer
+from octavo.worker.gpu.runtime import CudaRuntime, HostRuntime, Runtime
+from octavo.worker.gpu.scores import PendingScores, PromptScorer
 
 VOCAB, HIDDEN = 40, 16
+
+
+RUNTIME: Runtime = CudaRuntime() if torch.cuda.is_available() else HostRuntime()
+DEVICE = RUNTIME.device
 
 
 class Head:
@@ -25,13 +29,20 @@ class Head:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(VOCAB, HIDDEN, generator=generator)
+        self.weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(DEVICE)
         self.sizes: list[int] = []
 
     def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         self.sizes.append(len(hidden))
         logits = (hidden[:, None] * self.weight).sum(2)
         return logits if out is None else out.copy_(logits)
+
+
+def read(scorer: PromptScorer, pending: PendingScores) -> list[TokenLogprobs | None]:
+    event = RUNTIME.event()
+    event.record()
+    event.wait()
+    return scorer.read(pending)
 
 
 def close(got: TokenLogprobs | None, want: TokenLogprobs | None) -> bool:
@@ -45,23 +56,27 @@ def close(got: TokenLogprobs | None, want: TokenLogprobs | None) -> bool:
 @pytest.mark.parametrize("num_best", [0, 2, 50])
 def test_scores_are_the_cpu_scores(num_best: int) -> None:
     generator = torch.Generator().manual_seed(num_best)
-    hidden = torch.randn(8, HIDDEN, generator=generator)
-    tokens = torch.randint(0, VOCAB, (3, 20), generator=generator, dtype=torch.int32)
-    head, logits = Head(), torch.full((3, VOCAB), float("nan"))
-    scorer = PromptScorer(tokens, logits=logits, runtime=HostRuntime())
+    hidden = torch.randn(8, HIDDEN, generator=generator).to(DEVICE)
+    ids = torch.randint(0, VOCAB, (3, 20), generator=generator, dtype=torch.int32)
+    tokens = ids.to(DEVICE)
+    head, logits = Head(), torch.full((3, VOCAB), float("nan"), device=DEVICE)
+    scorer = PromptScorer(tokens, logits=logits, runtime=RUNTIME)
     model = cast(Model, head)
     pending = [
         scorer.launch(model, hidden, row=1, start=5, num_best=num_best),
         scorer.launch(model, hidden[2:3], row=2, start=19, num_best=num_best),
     ]
     assert head.sizes == [3, 3, 2, 1]
-    found = [scorer.read(scores) for scores in pending]
+    found = [read(scorer, scores) for scores in pending]
     for scores, rows, chosen in (
         (found[0], hidden, tokens[1, 5:13]),
         (found[1], hidden[2:3], tokens[2, 19:]),
     ):
         want = score_hidden(
-            rows, compute_logits=head.compute_logits, chosen=chosen.tolist(), num_best=num_best
+            rows,
+            compute_logits=lambda part: head.compute_logits(part).cpu(),
+            chosen=chosen.tolist(),
+            num_best=num_best,
         )
         assert len(scores) == len(want)
         assert all(map(close, scores, want))
@@ -70,10 +85,11 @@ def test_scores_are_the_cpu_scores(num_best: int) -> None:
 def test_a_row_that_is_not_finite_has_no_score() -> None:
     hidden = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
     hidden[2, 3] = float("nan")
-    tokens = torch.zeros(1, 5, dtype=torch.int32)
-    scorer = PromptScorer(tokens, logits=torch.zeros(3, VOCAB), runtime=HostRuntime())
-    pending = scorer.launch(cast(Model, Head()), hidden, row=0, start=1, num_best=1)
-    assert [score is None for score in scorer.read(pending)] == [False, False, True, False]
+    tokens = torch.zeros(1, 5, dtype=torch.int32, device=DEVICE)
+    logits = torch.zeros(3, VOCAB, device=DEVICE)
+    scorer = PromptScorer(tokens, logits=logits, runtime=RUNTIME)
+    pending = scorer.launch(cast(Model, Head()), hidden.to(DEVICE), row=0, start=1, num_best=1)
+    assert [score is None for score in read(scorer, pending)] == [False, False, True, False]
 
 
 def test_memory_of_the_host_is_lent_once_at_a_time() -> None:
