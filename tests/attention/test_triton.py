@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from octavo.attention import (
     AttentionBackend,
@@ -14,8 +16,12 @@ from octavo.attention import (
     CPUAttention,
     KVCacheSpec,
     KVLayer,
+    SharedPrefixes,
 )
+from octavo.attention import triton as backend_module
 from octavo.attention.triton import TritonAttention
+from octavo_kernels.paged_attention import numerics
+from octavo_kernels.paged_attention.shared_prefix import PrefixGroups
 from octavo_kernels.testing import gpu_device, same_bits
 
 DEVICE = gpu_device()
@@ -128,3 +134,54 @@ def test_block_bytes_copies_and_refusals() -> None:
     for changes, message in (({"block_size": 24}, "block_size"), ({"head_dim": 24}, "head_dim")):
         with pytest.raises(ValueError, match=message):
             backend.allocate(spec(**changes), num_blocks=1)
+
+
+def test_a_common_prefix_read_once_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests 0, 2 and 3 hold a partition of 8 blocks in common; not every place is used."""
+    monkeypatch.setattr(numerics, "PARTITION", 8 * BLOCK)
+    calls: list[PrefixGroups] = []
+    attend = backend_module.attend_shared_prefix
+
+    def counted(*args: Tensor, groups: PrefixGroups, **options: Any) -> None:
+        calls.append(groups)
+        attend(*args, groups=groups, **options)
+
+    monkeypatch.setattr(backend_module, "attend_shared_prefix", counted)
+
+    def ints(values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    common, seq_lens = list(range(8)), [130, 150, 133, 144]
+    tables = [[*common, 8], [*range(20, 30)], [*common, 9], [*common, 10]]
+    attn = AttentionMetadata(
+        positions=ints([3, 60, 40, 63]),
+        slots=ints(
+            [
+                t[(n - 1) // BLOCK] * BLOCK + (n - 1) % BLOCK
+                for t, n in zip(tables, seq_lens, strict=True)
+            ]
+        ),
+        block_tables=ints([[*table, 0, 0][:10] for table in tables]),
+        query_start_loc=ints([0, 1, 2, 3, 4]),
+        seq_lens=ints(seq_lens),
+        max_query_len=1,
+    )
+    prefixes = SharedPrefixes(
+        request_partitions=ints([1, 0, 1, 1]),
+        group_start_loc=ints([0, 3, 3]),
+        members=ints([0, 2, 3, 0]),
+        group_partitions=ints([1, 0]),
+        max_partitions=2,
+    )
+    generator = torch.Generator().manual_seed(2)
+    shape = (30, K, BLOCK, H)
+    start = [torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16) for _ in "kv"]
+    qkv = torch.randn(4, (N + 2 * K) * H, generator=generator).to(DEVICE, torch.bfloat16)
+    for window in (0, 40):
+        one = layer(sliding_window=window, device=DEVICE)
+        outs = []
+        for batch_ in (attn, replace(attn, prefixes=prefixes)):
+            backend, kv = TritonAttention(DEVICE), KVLayer(*(t.clone() for t in start))
+            outs.append(backend.forward(qkv.clone(), layer=one, attn=batch_, kv=kv))
+        assert same_bits(*outs)
+    assert len(calls) == 2

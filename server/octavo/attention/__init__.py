@@ -6,6 +6,7 @@ from octavo.attention.base import (
     AttentionMetadata,
     KVCacheSpec,
     KVLayer,
+    SharedPrefixes,
 )
 from octavo.attention.cpu import CPUAttention
 
@@ -16,4 +17,5 @@ __all__ = [
     "CPUAttention",
     "KVCacheSpec",
     "KVLayer",
+    "SharedPrefixes",
 ]

@@ -11,6 +11,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedPrefixes:
+    """Groups of requests of one new token whose first K/V blocks are the same ones.
+
+    A backend that can reads them once for a group: the same bits. Partitions are the kernels' own,
+    each wholly before its members' tokens.
+    """
+
+    request_partitions: Tensor  # [R] int32, leading partitions shared, 0 = in no group
+    group_start_loc: Tensor  # [G + 1] int32
+    members: Tensor  # [M] int32, places in [0, R), a group's side by side
+    group_partitions: Tensor  # [G] int32, 0 = an unused place
+    max_partitions: int  # the host's bound on group_partitions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """Where the tokens of one step stand, and where their requests' K/V lie.
 
@@ -24,6 +39,7 @@ class AttentionMetadata:
     query_start_loc: Tensor  # [R + 1] int32
     seq_lens: Tensor  # [R] int32, tokens with K/V once this step's are written
     max_query_len: int = 0  # the host's bound on one request's tokens; 0 = all T may be one's
+    prefixes: SharedPrefixes | None = None
 
 
 class KVLayer(NamedTuple):

@@ -16,7 +16,20 @@ from octavo_kernels.paged_attention.gpu import (
     make_plan,
     paged_attention,
 )
+from octavo_kernels.paged_attention.shared_prefix import (
+    PrefixGroups,
+    attend_shared_prefix,
+    group_prefixes,
+)
 from octavo_kernels.rotary_kv_write.gpu import rotary_kv_write
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a batch is divided, and what of it is done for several requests at once."""
+
+    division: AttentionPlan
+    groups: PrefixGroups | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,7 +37,7 @@ class _Pass:
     """One run of a batch through the layers, and the plans its layers share."""
 
     attn: AttentionMetadata
-    plans: dict[tuple[object, ...], AttentionPlan] = field(default_factory=dict)
+    plans: dict[tuple[object, ...], _Plan] = field(default_factory=dict)
     served: set[int] = field(default_factory=set)  # addresses of the caches seen
 
 
@@ -74,6 +87,17 @@ class TritonAttention:
             eps=layer.eps,
             use_pdl=self._use_pdl,
         )
+        plan = self._plan(layer, attn, kv)
+        if plan.groups is not None:
+            attend_shared_prefix(
+                q_TNH,
+                kv.k,
+                kv.v,
+                plan=plan.division,
+                groups=plan.groups,
+                block_tables=attn.block_tables,
+                scale=layer.scale,
+            )
         return paged_attention(
             q_TNH,
             kv.k,
@@ -83,14 +107,14 @@ class TritonAttention:
             seq_lens=attn.seq_lens,
             scale=layer.scale,
             sliding_window=layer.sliding_window,
-            plan=self._plan(layer, attn, kv),
+            plan=plan.division,
         )
 
     def copy_blocks(self, kv_caches: Sequence[KVLayer], *, src: Tensor, dst: Tensor) -> None:
         """As the protocol; in no order, so a block written is not a later source."""
         block_copy([cache for kv in kv_caches for cache in kv], src=src, dst=dst)
 
-    def _plan(self, layer: AttentionLayer, attn: AttentionMetadata, kv: KVLayer) -> AttentionPlan:
+    def _plan(self, layer: AttentionLayer, attn: AttentionMetadata, kv: KVLayer) -> _Plan:
         address = kv.k.data_ptr()
         if self._pass is None or self._pass.attn is not attn or address in self._pass.served:
             self._pass = _Pass(attn=attn)
@@ -98,20 +122,36 @@ class TritonAttention:
         sizes = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
         key = (*sizes, layer.sliding_window, kv.k.dtype, kv.k.shape[2])
         if key not in self._pass.plans:
-            num_tokens = attn.positions.shape[0]
-            self._pass.plans[key] = make_plan(
-                attn.query_start_loc,
-                attn.seq_lens,
-                num_tokens=num_tokens,
-                max_query_len=attn.max_query_len or num_tokens,
-                max_seq_len=attn.block_tables.shape[1] * kv.k.shape[2],
-                num_heads=layer.num_heads,
-                num_kv_heads=layer.num_kv_heads,
-                head_dim=layer.head_dim,
-                cache_dtype=kv.k.dtype,
-                sliding_window=layer.sliding_window,
-            )
+            self._pass.plans[key] = _make_plan(layer, attn, kv)
         return self._pass.plans[key]
+
+
+def _make_plan(layer: AttentionLayer, attn: AttentionMetadata, kv: KVLayer) -> _Plan:
+    num_tokens, prefixes = attn.positions.shape[0], attn.prefixes
+    division = make_plan(
+        attn.query_start_loc,
+        attn.seq_lens,
+        num_tokens=num_tokens,
+        max_query_len=attn.max_query_len or num_tokens,
+        max_seq_len=attn.block_tables.shape[1] * kv.k.shape[2],
+        num_heads=layer.num_heads,
+        num_kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+        cache_dtype=kv.k.dtype,
+        sliding_window=layer.sliding_window,
+        shared_partitions=None if prefixes is None else prefixes.request_partitions,
+    )
+    if prefixes is None:
+        return _Plan(division, None)
+    groups = group_prefixes(
+        division,
+        group_start_loc=prefixes.group_start_loc,
+        members=prefixes.members,
+        group_partitions=prefixes.group_partitions,
+        max_partitions=prefixes.max_partitions,
+        max_query_len=1,
+    )
+    return _Plan(division, groups)
 
 
 def _shape(spec: KVCacheSpec, *, num_blocks: int) -> tuple[int, int, int, int]:

@@ -52,6 +52,11 @@ def request_columns(sizes: StepSizes) -> tuple[Column, ...]:
         Column("frequency_penalty", f32),
         Column("presence_penalty", f32),
         Column("min_tokens", i32),
+        # Of a batch's places and groups, not of rows: see `PrefixSharing`.
+        Column("prefix_request_partitions", i32),
+        Column("prefix_members", i32),
+        Column("prefix_starts", i32),
+        Column("prefix_partitions", i32),
     )
 
 
