@@ -62,29 +62,32 @@ NO_LISTS = TokenLists(
 
 def pack(rows: Sequence[TokenLists]) -> dict[str, npt.NDArray[Any]]:
     """Every row's lists behind one another: the list columns of `octavo_kernels`' LogitParams."""
-    held = [(row, lists) for row, lists in enumerate(rows) if lists is not NO_LISTS]
+    places = [row for row, lists in enumerate(rows) if lists is not NO_LISTS]
+    held = [NO_LISTS, *(rows[place] for place in places)]  # the empty one gives the types
 
-    def starts(name: str) -> Ints:
+    def column(name: str) -> tuple[Ints, npt.NDArray[Any]]:
+        """Where each row's part starts, and all parts."""
+        parts = [getattr(lists, name) for lists in held]
+        lengths = [len(part) for part in parts[1:]]
         sizes = np.zeros(len(rows), np.int32)
-        for row, lists in held:
-            sizes[row] = len(getattr(lists, name))
-        return _running_sums(sizes)
+        sizes[places] = lengths
+        return _running_sums(sizes), np.concatenate(parts) if any(lengths) else parts[0]
 
-    def joined(name: str) -> npt.NDArray[Any]:
-        # The empty one gives the type where no row has a list.
-        return np.concatenate([getattr(lists, name) for lists in (NO_LISTS, *(x for _, x in held))])
-
+    bias_starts, bias_ids = column("bias_ids")
+    allowed_starts, allowed_ids = column("allowed")
+    bad_starts, word_sizes = column("word_sizes")
+    stop_starts, stop_ids = column("stop")
     return {
-        "bias_starts": starts("bias_ids"),
-        "bias_ids": joined("bias_ids"),
-        "bias_values": joined("bias_values"),
-        "allowed_starts": starts("allowed"),
-        "allowed_ids": joined("allowed"),
-        "bad_starts": starts("word_sizes"),
-        "word_starts": _running_sums(joined("word_sizes")),
-        "bad_ids": joined("bad_ids"),
-        "stop_starts": starts("stop"),
-        "stop_ids": joined("stop"),
+        "bias_starts": bias_starts,
+        "bias_ids": bias_ids,
+        "bias_values": column("bias_values")[1],
+        "allowed_starts": allowed_starts,
+        "allowed_ids": allowed_ids,
+        "bad_starts": bad_starts,
+        "word_starts": _running_sums(word_sizes),
+        "bad_ids": column("bad_ids")[1],
+        "stop_starts": stop_starts,
+        "stop_ids": stop_ids,
     }
 
 
