@@ -140,9 +140,9 @@ def test_a_plan_grows_with_what_it_is_for() -> None:
     assert tokens(gpu_memory_utilization=0.5) < base < tokens(gpu_memory_utilization=0.98)
     assert tokens(cudagraph_capture_sizes=(1024, 2048), max_cudagraph_capture_size=None) < base
     assert base <= tokens(enforce_eager=True, max_cudagraph_capture_size=None)
-    assert tokens(max_logprobs=5_000) < base
+    assert tokens(max_logprobs=20_000) < base
     shorter = plan(QWEN, 8, max_model_len=1024)
-    assert base < shorter.kv_tokens
+    assert base <= shorter.kv_tokens
     assert shorter.concurrency(1024) > 3.9 * shorter.concurrency(4096)
 
 
