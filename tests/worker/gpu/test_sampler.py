@@ -422,3 +422,6 @@ def test_every_kernel_is_among_those_made_before_serving() -> None:
             rig.sampler.launch_plain(rig.model, rig.buffers, size)
     used = {launch.key for launch in found}
     assert len(used) > 14 and used <= keys
+    # Others are compiled for addresses that are not multiples of 16.
+    tensors = [arg for launch in found for arg in launch.args if isinstance(arg, Tensor)]
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)

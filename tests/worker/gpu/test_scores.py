@@ -16,6 +16,7 @@ from octavo.types import TokenLogprobs
 from octavo.worker.gpu.landing import Landings
 from octavo.worker.gpu.runtime import CudaRuntime, HostRuntime, Runtime
 from octavo.worker.gpu.scores import PendingScores, PromptScorer
+from octavo_kernels.launch import collecting
 
 VOCAB, HIDDEN = 40, 16
 
@@ -80,6 +81,17 @@ def test_scores_are_the_cpu_scores(num_best: int) -> None:
         )
         assert len(scores) == len(want)
         assert all(map(close, scores, want))
+
+
+def test_addresses_are_those_that_kernels_are_made_for() -> None:
+    tokens = torch.zeros(3, 21, dtype=torch.int32, device=DEVICE)
+    logits = torch.zeros(3, VOCAB, device=DEVICE)
+    hidden = torch.zeros(9, HIDDEN, device=DEVICE)
+    scorer = PromptScorer(tokens, logits=logits, runtime=RUNTIME)
+    with collecting() as found:
+        scorer.launch(cast(Model, Head()), hidden, row=1, start=2, num_best=1)
+    tensors = [arg for launch in found for arg in launch.args if isinstance(arg, Tensor)]
+    assert tensors and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def test_a_row_that_is_not_finite_has_no_score() -> None:
