@@ -44,6 +44,7 @@ class GpuTransfer:
         self._marks = torch.zeros(num_slots, dtype=torch.int64, device=device)  # of what was saved
         self._landings = Landings(runtime)
         self._unused_words: list[Tensor] = []  # pinned, for moves on their way to the device
+        self._try_out()
 
     def apply(self, step: SchedulerOutput) -> Loads:
         """As the protocol. ``damaged()`` of what is returned is to be asked, whatever the step
@@ -63,6 +64,16 @@ class GpuTransfer:
             is_wrong = marks != self._marks.index_select(0, loaded[:, 1])
             flags = self._landings.fetch(is_wrong.to(torch.int32))
         return _Underway(self, blocks=[move.block for move in loads], words=host, flags=flags)
+
+    def _try_out(self) -> None:
+        """First use of everything, while nobody waits; of block 0, which holds nothing yet."""
+        move = BlockMove(block=0, slot=0, tag=1)
+        loads = self.apply(SchedulerOutput(step=0, saves=(move,), loads=(move,)))
+        event = self._runtime.event()
+        event.record()
+        event.wait()
+        if loads.damaged():
+            raise RuntimeError("the GPU does not find in pinned host memory what it wrote there")
 
     def _uploaded(self, moves: Sequence[BlockMove]) -> tuple[Tensor, Tensor]:
         """[n, 3] int64 on the device, and the pinned words that they are copied from."""
