@@ -200,6 +200,13 @@ class ServerConfig:
     shutdown_timeout: float = _opt(
         30.0, "seconds running requests may take to end at shutdown", minimum=0.0
     )
+    api_server_count: int | None = _opt(
+        None,
+        "HTTP processes over the one engine; default 1, on a GPU one for each 8 usable cores, "
+        "at most 4",
+        minimum=1,
+        maximum=256,
+    )
     timeout_keep_alive: int = _opt(75, "seconds an idle HTTP connection is kept", minimum=0)
 
     def __post_init__(self) -> None:

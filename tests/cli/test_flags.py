@@ -197,7 +197,7 @@ def test_configuration_survives_the_engine_argument() -> None:
     from octavo.engine.launch import EngineArguments
 
     config, _ = read("m", "--max-model-len", "4096", "--no-async-scheduling")
-    arguments = EngineArguments(config=config, address="ipc://x")
+    arguments = EngineArguments(config=config, addresses=("ipc://x",))
     text = json.dumps(dataclasses.asdict(arguments))
     assert msgspec.json.decode(text, type=EngineArguments) == arguments
 

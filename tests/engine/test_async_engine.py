@@ -36,7 +36,7 @@ def with_engine(
 ) -> None:
     async def run() -> None:
         process = EngineProcess(config, fake_executor=True, log_level="critical")
-        engine = AsyncEngine(process, stall_seconds=stall_seconds)
+        engine = AsyncEngine(process, address=process.addresses[0], stall_seconds=stall_seconds)
         try:
             await engine.start()
             await asyncio.wait_for(test(engine, process), DEADLINE)
@@ -270,7 +270,7 @@ def test_a_start_that_fails_says_why(has_model: bool) -> None:
     async def run() -> None:
         config = EngineConfig(model=ModelConfig(model="/no/such/model"))
         process = EngineProcess(config, log_level="critical")
-        engine = AsyncEngine(process)
+        engine = AsyncEngine(process, address=process.addresses[0])
         if has_model:  # killed before it can say anything
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(EngineStartError) as caught:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from octavo import __version__
 from octavo.api import chat, completions, models, operations, tokenization
 from octavo.api.errors import for_route, to_api_error
-from octavo.api.front import Front, Metrics
+from octavo.api.front import Alone, Front, Metrics, Siblings
 from octavo.api.lifecycle import Lifecycle, State
 from octavo.api.middleware import ApiKeys, RequestCounts, RequestIds, RootPath
 from octavo.config import ModelConfig, SchedulerConfig, ServerConfig
@@ -37,15 +37,19 @@ def create_app(
     scheduler: SchedulerConfig | None = None,
     metrics: Metrics | None = None,
     lifecycle: Lifecycle | None = None,
+    siblings: Siblings | None = None,
+    number: int = 0,
     generation_config: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """The application over a started ``engine``.
 
+    ``siblings``: the server's HTTP processes, if there are several; ``number``: which this one is.
     ``generation_config``: the model's generation_config.json, for sampling defaults. Without
     ``lifecycle`` the server is ready at once. ``app.state.front`` has the parts. Raises
     ValueError for a chat template or generation config that cannot be used.
     """
     server, model = server or ServerConfig(), model or ModelConfig()
+    lifecycle = lifecycle or Lifecycle(State.READY)
     front = Front(
         engine=engine,
         tokenizer=tokenizer,
@@ -54,9 +58,10 @@ def create_app(
         model=model,
         scheduler=scheduler or SchedulerConfig(),
         metrics=metrics,
-        lifecycle=lifecycle or Lifecycle(State.READY),
+        lifecycle=lifecycle,
+        siblings=siblings or Alone(engine=engine, lifecycle=lifecycle, own=metrics),
         defaults=load_defaults(model, generation_config=generation_config or {}),
-        seeds=SeedSource(model.seed),
+        seeds=SeedSource(model.seed, number=number),
         created=int(time.time()),
     )
     app = FastAPI(

@@ -29,6 +29,41 @@ class Metrics(Protocol):
     def observe_http(self, *, handler: str, method: str, status: int, seconds: float) -> None: ...
 
 
+class Siblings(Protocol):
+    """What a server's HTTP processes are doing together."""
+
+    @property
+    def num_requests(self) -> int:
+        """HTTP requests for generations that are being answered."""
+
+    @property
+    def num_choices(self) -> int:
+        """Requests that the engine has not ended."""
+
+    async def metrics(self) -> bytes:
+        """Every series of the server. Raises TimeoutError when another process is silent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alone:
+    """The one HTTP process of a server."""
+
+    engine: Engine
+    lifecycle: Lifecycle
+    own: Metrics | None
+
+    @property
+    def num_requests(self) -> int:
+        return self.lifecycle.num_active
+
+    @property
+    def num_choices(self) -> int:
+        return self.engine.num_unfinished
+
+    async def metrics(self) -> bytes:
+        return b"" if self.own is None else self.own.render()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Front:
     """The parts of one HTTP front end."""
@@ -41,6 +76,7 @@ class Front:
     scheduler: SchedulerConfig
     metrics: Metrics | None
     lifecycle: Lifecycle
+    siblings: Siblings
     defaults: Defaults
     seeds: SeedSource
     created: int  # Unix seconds
@@ -68,7 +104,7 @@ class Front:
         limit = self.scheduler.max_num_queued_reqs
         if limit is None:
             return
-        num_waiting = self.engine.num_unfinished - self.engine.info.max_num_seqs
+        num_waiting = self.siblings.num_choices - self.engine.info.max_num_seqs
         if num_waiting + num_new > limit:
             if self.metrics is not None:
                 self.metrics.on_rejected("max_num_queued_reqs")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
@@ -66,8 +67,9 @@ def make_job(
     params, texts = params_of(front, options, max_tokens=least, seed=0), options.text_params()
     front.check_admission(len(prompts) * per_prompt)
     response_id = f"{kind}-{body.request_id or request_id}"
-    # Clients may repeat an id while its first use still runs; the engine's ids are unique.
-    unique = f"{response_id}-{next(_serial):x}"
+    # Clients may repeat an id while its first use still runs, and processes may share an engine,
+    # whose ids are unique.
+    unique = f"{response_id}-{os.getpid():x}-{next(_serial):x}"
     arrival = time.monotonic()
     choices: list[Choice] = []
     for p, prompt in enumerate(prompts):

@@ -6,7 +6,7 @@ Knows states and counts; nothing of HTTP or the engine. Used on one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -20,9 +20,13 @@ class State(StrEnum):
 class Lifecycle:
     """``starting -> ready -> draining``. New work is taken only when ready."""
 
-    def __init__(self, state: State = State.STARTING) -> None:
+    def __init__(
+        self, state: State = State.STARTING, *, on_active: Callable[[int], None] = lambda num: None
+    ) -> None:
+        """``on_active`` hears of every change of ``num_active``."""
         self.state = state
         self.num_active = 0
+        self._on_active = on_active
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -39,11 +43,13 @@ class Lifecycle:
     def active(self) -> Iterator[None]:
         """One generation is being answered."""
         self.num_active += 1
+        self._on_active(self.num_active)
         self._idle.clear()
         try:
             yield
         finally:
             self.num_active -= 1
+            self._on_active(self.num_active)
             if not self.num_active:
                 self._idle.set()
 

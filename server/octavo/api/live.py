@@ -78,9 +78,7 @@ class LiveStream:
         self._front = front
         self._job = job
         self._events = events
-        self._readers = [
-            ChoiceReader(choice, tokenizer=front.tokenizer) for choice in job.choices
-        ]
+        self._readers = [ChoiceReader(choice, tokenizer=front.tokenizer) for choice in job.choices]
         self._is_short = events.has_short_form
         self._sinks: dict[int, _ChoiceSink] = {}  # of choices that run
         self._backlog: deque[tuple[int, EngineOutput | Exception]] = deque()

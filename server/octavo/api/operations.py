@@ -51,7 +51,7 @@ def routes(front: Front) -> APIRouter:
     @router.get("/load", summary="Requests being answered")
     @answering
     async def load(request: Request) -> Response:
-        body = msgspec.json.encode({"server_load": front.lifecycle.num_active})
+        body = msgspec.json.encode({"server_load": front.siblings.num_requests})
         return Response(body, media_type="application/json")
 
     if (series := front.metrics) is not None:
@@ -59,6 +59,12 @@ def routes(front: Front) -> APIRouter:
         @router.get("/metrics", summary="Prometheus metrics")
         @answering
         async def metrics(request: Request) -> Response:
-            return Response(series.render(), headers={"Content-Type": series.content_type})
+            try:
+                data = await front.siblings.metrics()
+            except TimeoutError:  # a sum without it would go backwards
+                raise UnavailableError(
+                    "One of the server's HTTP processes does not tell its share", code="incomplete"
+                ) from None
+            return Response(data, headers={"Content-Type": series.content_type})
 
     return router

@@ -13,8 +13,11 @@ import ssl
 import stat
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from octavo import __version__
+from octavo.cli.api_child import ApiChild
 from octavo.cli.options import add_engine_flags, engine_config, server_config
 from octavo.config import EngineConfig, ServerConfig
 from octavo.engine.launch import EngineProcess
@@ -36,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config, server = engine_config(args), server_config(args)
     _check_tls(server)
+    count = server.api_server_count or _usual_count(config)
     try:
-        listener = _bind(server)
+        listeners = _bind(server, count)
     except OSError as error:
         where = server.uds or f"{server.host}:{server.port}"
         print(
@@ -47,15 +51,22 @@ def run(args: argparse.Namespace) -> int:
         return 1
     process = EngineProcess(
         config,
+        num_front_ends=count,
         fake_executor=args.fake_executor,
         fake_device=args.fake_device,
         log_level=server.uvicorn_log_level,
     )
+    children: list[ApiChild] = []
     try:
-        return _serve(args, config, server, listener, process)
+        for number in range(1, count):
+            children.append(ApiChild(number, listeners[number]))
+        return _serve(args, config, server, listeners[0], process, children)
     finally:
+        for child in children:
+            child.close()
         process.close(timeout=0)
-        listener.close()
+        for listener in listeners:
+            listener.close()
         if server.uds is not None:
             with contextlib.suppress(OSError):
                 os.unlink(server.uds)
@@ -80,8 +91,17 @@ def _check_tls(server: ServerConfig) -> None:
             raise ValueError(f"cannot use --ssl-ca-certs {server.ssl_ca_certs}: {error}") from None
 
 
-def _bind(server: ServerConfig) -> socket.socket:
-    """A bound socket that refuses connections until the server listens on it. Raises OSError."""
+def _usual_count(config: EngineConfig) -> int:
+    """HTTP processes, when none were asked for. One keeps up with what a CPU generates; a GPU may
+    be faster, and the engine and its driver want cores too."""
+    device = config.model.device
+    has_gpu = device == "cuda" or (device == "auto" and os.path.exists("/dev/nvidiactl"))
+    return min(4, max(1, len(os.sched_getaffinity(0)) // 8)) if has_gpu else 1
+
+
+def _bind(server: ServerConfig, count: int) -> list[socket.socket]:
+    """Bound sockets that refuse connections until they are listened on, one for each HTTP process;
+    the system spreads connections among them. Raises OSError."""
     if server.uds is not None:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.stat(server.uds).st_mode) and not _answers(server.uds):
@@ -89,18 +109,29 @@ def _bind(server: ServerConfig) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(server.uds)
         os.chmod(server.uds, 0o666)
-        return listener
+        return [listener] * count  # such a socket has one queue, and takers take turns
     family, kind, protocol, _, address = socket.getaddrinfo(
         server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+
+    def bind(address: Any, *options: int) -> socket.socket:
+        listener = socket.socket(family, kind, protocol)
+        try:
+            for option in (socket.SO_REUSEADDR, *options):
+                listener.setsockopt(socket.SOL_SOCKET, option, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+
+    # Alone first: with SO_REUSEPORT two servers could have one port without knowing.
+    listener = bind(address)
+    if count == 1:
+        return [listener]
+    address = listener.getsockname()
+    listener.close()
+    return [bind(address, socket.SO_REUSEPORT) for _ in range(count)]
 
 
 def _answers(path: str) -> bool:
@@ -114,6 +145,7 @@ def _serve(
     server: ServerConfig,
     listener: socket.socket,
     process: EngineProcess,
+    children: Sequence[ApiChild],
 ) -> int:
     # Lazy: a third of a second and more, while the engine process already imports and loads.
     from octavo.cli.http_server import serve_http
@@ -125,7 +157,14 @@ def _serve(
         print(f"ready in {seconds:.1f} s: {_url(server, listener)}", flush=True)
 
     try:
-        return serve_http(config, server, listener=listener, process=process, on_ready=ready)
+        return serve_http(
+            config,
+            server,
+            listener=listener,
+            process=process,
+            children=children,
+            on_ready=ready,
+        )
     except EngineStartError as error:
         print(f"octavo serve: error: {error}", file=sys.stderr)
         return 2 if error.is_user_error else 1

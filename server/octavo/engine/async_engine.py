@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from octavo.engine import ipc
-from octavo.engine.launch import EngineProcess
 from octavo.engine.protocols import EngineDeadError, Sink
 from octavo.types import EngineInfo, EngineOutput, EngineOutputs, EngineRequest
 
 _PROCESS_POLL_SECONDS = 0.5
+_STEPS_A_TURN = 4
 _STALL_TOKENS = 256  # a step may take its stall time for each of these that it may hold
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,20 @@ class Observer(Protocol):
     def on_request(self, request: EngineRequest) -> None: ...
 
     def on_outputs(self, outputs: EngineOutputs, now: float) -> None: ...
+
+
+class EngineHandle(Protocol):
+    """The engine's process as a front end needs it: `octavo.engine.launch.EngineProcess`, or what
+    the process that started it tells of it."""
+
+    @property
+    def exit_code(self) -> int | None: ...
+
+    @property
+    def exit_words(self) -> str: ...
+
+    def close(self) -> None:
+        """Ends it, if that is ours to do."""
 
 
 class RequestStream:
@@ -121,10 +135,13 @@ class AsyncEngine:
     prompt in one step is no stall. A usual step takes a second at the very most.
     """
 
-    def __init__(self, process: EngineProcess, *, stall_seconds: float = 120.0) -> None:
+    def __init__(
+        self, process: EngineHandle, *, address: str, stall_seconds: float = 120.0
+    ) -> None:
+        """``address``: where the engine process looks for this front end."""
         self._process = process
         self._stall_seconds = stall_seconds
-        self._front = ipc.FrontEnd(process.address)
+        self._front = ipc.FrontEnd(address)
         self._sinks: dict[str, Sink] = {}
         self._leaving: set[str] = set()  # aborted by their readers, not yet ended by the engine
         self._outbox: list[EngineRequest] = []
@@ -139,7 +156,7 @@ class AsyncEngine:
 
     async def start(self) -> EngineInfo:
         """Waits until the engine can generate. Raises `EngineStartError`."""
-        message = await self._first_message()
+        message = await _first_message(self._front, self._process)
         if isinstance(message, ipc.Failed):
             raise EngineStartError(message.message, is_user_error=message.is_user_error)
         assert isinstance(message, ipc.Ready), message
@@ -149,24 +166,7 @@ class AsyncEngine:
             asyncio.create_task(self._receive(), name="engine-receive"),
             asyncio.create_task(self._watch(), name="engine-watch"),
         ]
-        self._tasks[0].add_done_callback(self._receiver_ended)
         return message.info
-
-    async def _first_message(self) -> ipc.ToFrontEnd:
-        receive = asyncio.ensure_future(self._front.receive())
-        try:
-            while True:
-                exited = self._process.exit_code is not None
-                done, _ = await asyncio.wait([receive], timeout=_PROCESS_POLL_SECONDS)
-                if done:
-                    return receive.result()
-                if exited:  # before the wait: its last words have had their time
-                    raise EngineStartError(
-                        f"the engine process ended while starting ({self._process.exit_words})",
-                        is_user_error=False,
-                    )
-        finally:
-            receive.cancel()
 
     async def close(self) -> None:
         """Ends the engine process; streams still open raise `EngineDeadError`."""
@@ -235,6 +235,11 @@ class AsyncEngine:
             self._flush()
             self._front.send(ipc.AbortRequests(live))
 
+    def drop_front_end(self, number: int) -> None:
+        """Tells the engine that another front end has ended; it ends that one's requests."""
+        if not self._dead.done():
+            self._front.send(ipc.FrontEndGone(number))
+
     def abort_all(self) -> None:
         """Ends every request that runs; each stream gets its last output."""
         self.abort(list(self._sinks))
@@ -261,20 +266,20 @@ class AsyncEngine:
     # ---- what comes back -------------------------------------------------------------------
 
     async def _receive(self) -> None:
-        while True:
-            message = await self._front.receive()
-            if isinstance(message, ipc.Step):
-                self._dispatch(message.outputs)
-                # While messages are waiting, receive() does not yield: the readers, signals and
-                # new requests must have their turn all the same.
-                await asyncio.sleep(0)
-            elif isinstance(message, ipc.Dead):
-                self._die(message.reason)
-                return
-
-    def _receiver_ended(self, task: asyncio.Task[None]) -> None:
-        # A message that cannot be read, or an observer that raised: nobody would hear the engine.
-        if not task.cancelled() and (error := task.exception()) is not None:
+        num_steps = 0
+        try:
+            while not isinstance(message := await self._front.receive(), ipc.Dead):
+                if isinstance(message, ipc.Step):
+                    self._dispatch(message.outputs)
+                    # While messages are waiting, receive() does not yield: the readers, signals
+                    # and new requests must have their turn all the same. Not after each, though:
+                    # what is written in one turn is sent at once, so who is behind catches up.
+                    num_steps += 1
+                    if num_steps % _STEPS_A_TURN == 0:
+                        await asyncio.sleep(0)
+            self._die(message.reason)
+        except Exception as error:
+            # A message that cannot be read, or an observer that raised: nobody hears the engine.
             log.error("the engine's messages cannot be read", exc_info=error)
             self._die(f"the front end failed: {error!r}")
 
@@ -306,3 +311,20 @@ class AsyncEngine:
             sink.fail(self._dead.result())
         self._leaving.clear()
         self._outbox.clear()
+
+
+async def _first_message(front: ipc.FrontEnd, process: EngineHandle) -> ipc.ToFrontEnd:
+    receive = asyncio.ensure_future(front.receive())
+    try:
+        while True:
+            exited = process.exit_code is not None
+            done, _ = await asyncio.wait([receive], timeout=_PROCESS_POLL_SECONDS)
+            if done:
+                return receive.result()
+            if exited:  # before the wait: its last words have had their time
+                raise EngineStartError(
+                    f"the engine process ended while starting ({process.exit_words})",
+                    is_user_error=False,
+                )
+    finally:
+        receive.cancel()

@@ -7,12 +7,14 @@ so a field that does not fit is an error here and nowhere later. Each direction 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
+from octavo.engine.owners import Owners
 from octavo.types import EngineInfo, EngineOutputs, EngineRequest
 
 
@@ -26,6 +28,12 @@ class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
     """Requests to end; unknown ids are ignored."""
 
     request_ids: tuple[str, ...]
+
+
+class FrontEndGone(msgspec.Struct, frozen=True, tag="gone"):
+    """Another front end has ended: nobody waits for its requests."""
+
+    number: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -53,7 +61,7 @@ class Dead(msgspec.Struct, frozen=True, tag="dead"):
     reason: str
 
 
-ToEngine = AddRequests | AbortRequests
+ToEngine = AddRequests | AbortRequests | FrontEndGone
 ToFrontEnd = Ready | Failed | Step | Dead
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -95,30 +103,58 @@ def open_socket(context: zmq.Context[Any], address: str, *, bind: bool) -> Any:
 
 
 class EngineEnd:
-    """The engine's end of the pair: reads what has come, sends one message at a time."""
+    """The engine's end of a pair per front end. News of a request go to the one that added it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, addresses: Sequence[str]) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = open_socket(self._context, address, bind=False)
+        self._sockets: dict[int, Any] = {}  # by the front end's number
+        self._owners = Owners() if len(addresses) > 1 else None
+        self._poller = zmq.Poller()
+        for number, address in enumerate(addresses):
+            self._sockets[number] = open_socket(self._context, address, bind=False)
+            self._poller.register(self._sockets[number], zmq.POLLIN)
 
-    def receive(self, *, wait: bool) -> list[ToEngine]:
+    def receive(self, *, wait: bool) -> list[AddRequests | AbortRequests]:
         """All messages that have come; with ``wait``, at least one."""
-        messages: list[ToEngine] = []
-        if wait:
-            messages.append(decode_to_engine(self._socket.recv()))
-        while True:
-            try:
-                data = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return messages
-            messages.append(decode_to_engine(data))
+        while not (messages := self._take()) and wait:
+            self._poller.poll()
+        return messages
+
+    def _take(self) -> list[AddRequests | AbortRequests]:
+        messages: list[AddRequests | AbortRequests] = []
+        for number, socket in list(self._sockets.items()):
+            while not socket.closed:  # by a message just read
+                try:
+                    message = decode_to_engine(socket.recv(zmq.NOBLOCK))
+                except zmq.Again:
+                    break
+                if isinstance(message, FrontEndGone):
+                    message = AbortRequests(self._drop(message.number))
+                elif self._owners is not None and isinstance(message, AddRequests):
+                    self._owners.add(message.requests, owner=number)
+                messages.append(message)
+        return messages
+
+    def _drop(self, number: int) -> tuple[str, ...]:
+        """Forgets a front end; the ids of its requests."""
+        if (socket := self._sockets.pop(number, None)) is not None:
+            self._poller.unregister(socket)
+            socket.close(linger=0)
+        return () if self._owners is None else self._owners.of(number)
 
     def send(self, message: ToFrontEnd) -> None:
-        self._socket.send(encode(message))
+        if self._owners is not None and isinstance(message, Step):
+            for number, share in self._owners.shares(message.outputs, owners=self._sockets).items():
+                self._sockets[number].send(encode(Step(share)))
+        else:
+            data = encode(message)
+            for socket in self._sockets.values():
+                socket.send(data)
 
     def close(self) -> None:
-        """Sends what is queued, for at most a second, and closes."""
-        self._socket.close(linger=1000)
+        """Sends what is queued, for at most a second."""
+        for socket in self._sockets.values():
+            socket.close(linger=1000)
         self._context.term()
 
 
@@ -138,7 +174,7 @@ class FrontEnd:
         self._socket.send(encode(message))
 
     async def receive(self) -> ToFrontEnd:
-        """The next message; waits for it."""
+        """The next message; gives the loop no turn if it has come."""
         return decode_to_front_end(await self._socket.recv())
 
     def close(self) -> None:

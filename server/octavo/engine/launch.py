@@ -24,7 +24,7 @@ class EngineArguments:
     """All that the engine process is told: one JSON argument."""
 
     config: EngineConfig
-    address: str  # of the front end's socket
+    addresses: tuple[str, ...]  # of the front ends' sockets
     fake_executor: bool = False  # tests: a made-up model, no torch
     fake_device: tuple[float, float, float] | None = None  # us a step, and per row, per token
     log_level: str = "info"
@@ -41,15 +41,16 @@ class EngineProcess:
         self,
         config: EngineConfig,
         *,
+        num_front_ends: int = 1,
         fake_executor: bool = False,
         fake_device: tuple[float, float, float] | None = None,
         log_level: str = "info",
     ) -> None:
-        self._folder = _private_folder()
-        self.address = f"ipc://{self._folder}/engine"
+        self.folder = _private_folder()  # for what the server's processes share; goes with us
+        self.addresses = tuple(f"ipc://{self.folder}/engine{i}" for i in range(num_front_ends))
         arguments = EngineArguments(
             config=config,
-            address=self.address,
+            addresses=self.addresses,
             fake_executor=fake_executor,
             fake_device=fake_device,
             log_level=log_level,
@@ -91,7 +92,7 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _private_folder() -> str:

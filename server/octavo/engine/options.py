@@ -156,10 +156,11 @@ class Defaults:
 
 class SeedSource:
     """Seeds for requests that give none: unpredictable, or a sequence fixed by ``seed`` if it is
-    not 0, so that a restarted engine answers the same requests the same way."""
+    not 0, so that a restarted engine answers the same requests the same way. ``number``: of the
+    sequence, where there are several."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self._random = random.Random(seed) if seed else None
+    def __init__(self, seed: int = 0, *, number: int = 0) -> None:
+        self._random = random.Random(seed + (number << 64)) if seed else None
 
     def draw(self) -> int:
         """64 random bits."""

@@ -30,7 +30,7 @@ def main(argument: str) -> int:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     set_up_logging(arguments.log_level)
-    end = ipc.EngineEnd(arguments.address)
+    end = ipc.EngineEnd(arguments.addresses)
     try:
         return _run(arguments, end)
     finally:

@@ -6,17 +6,17 @@ gateways and autoscalers work; ours begin with ``octavo:``. A metric is one row 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from octavo import __version__
+from octavo.observability.series import GroupedHistogram, Series, series_of
 from octavo.types import (
     EngineInfo,
-    EngineOutput,
     EngineOutputs,
     EngineRequest,
     FinishReason,
@@ -90,7 +90,7 @@ _HTTP = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 class Row:
     """One metric. ``buckets`` None makes the 1-2-5 series up to the context length."""
 
-    kind: type[Counter] | type[Gauge] | type[Histogram]
+    kind: type[Counter] | type[Gauge] | type[Histogram] | type[GroupedHistogram]
     help: str
     labels: tuple[str, ...] = _ENGINE_LABELS
     buckets: tuple[float, ...] | None = None
@@ -134,7 +134,9 @@ TABLE: Mapping[str, Row] = {
     "vllm:request_params_n": _histogram("n of requests.", (1, 2, 5, 10, 20)),
     "vllm:request_num_preemptions": _histogram("Preemptions per request.", (0, 1, 2, 5, 10, 20)),
     "vllm:time_to_first_token_seconds": _histogram("Arrival to first token.", _TTFT),
-    "vllm:inter_token_latency_seconds": _histogram("Between two tokens of a request.", _TOKEN),
+    "vllm:inter_token_latency_seconds": Row(
+        kind=GroupedHistogram, help="Between two tokens of a request.", buckets=_TOKEN
+    ),
     "vllm:request_time_per_output_token_seconds": _histogram(
         "Mean time per token after the first, per request.", _TOKEN
     ),
@@ -197,45 +199,6 @@ class _Track:
     is_stopped: bool = False  # by a stop string: the engine only hears an abort
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
-    """A metric and its samples: (name, labels, value)."""
-
-    name: str
-    help: str
-    kind: str
-    samples: tuple[tuple[str, dict[str, str], float], ...]
-
-
-def render_sum(shares: Iterable[Iterable[Series]]) -> bytes:
-    """The series of several processes, added up, in Prometheus' text format."""
-    metrics: dict[str, Metric] = {}
-    sums: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-    for series in (series for share in shares for series in share):
-        if series.name not in metrics:
-            metrics[series.name] = Metric(series.name, series.help, series.kind)
-        of_metric = sums.setdefault(series.name, {})
-        for name, labels, value in series.samples:
-            key = name, tuple(labels.items())
-            of_metric[key] = of_metric.get(key, 0.0) + value
-    for name, metric in metrics.items():
-        for (sample, labels_of), value in sums[name].items():
-            metric.add_sample(sample, dict(labels_of), value)
-    data: bytes = prometheus_client.generate_latest(_Collected(list(metrics.values())))
-    return data
-
-
-class _Collected(CollectorRegistry):
-    """A registry of metrics that have been collected."""
-
-    def __init__(self, metrics: Sequence[Metric]) -> None:
-        super().__init__()
-        self._metrics = metrics
-
-    def collect(self) -> Iterable[Metric]:
-        return self._metrics
-
-
 class Metrics:
     """The series of one HTTP process: an engine observer, and what ``GET /metrics`` answers.
 
@@ -285,9 +248,9 @@ class Metrics:
         self._set_cache_config(info, cache_config or {})
 
     def _make(self, name: str, row: Row, max_model_len: int) -> Any:
-        if row.kind is Histogram:
+        if issubclass(row.kind, Histogram | GroupedHistogram):
             buckets = row.buckets or one_two_five(max_model_len)
-            return Histogram(name, row.help, row.labels, registry=self._registry, buckets=buckets)
+            return row.kind(name, row.help, row.labels, registry=self._registry, buckets=buckets)
         return row.kind(name, row.help, row.labels, registry=self._registry)
 
     def _labelled(self, name: str, **labels: str) -> Any:
@@ -311,16 +274,8 @@ class Metrics:
         return data
 
     def series(self) -> list[Series]:
-        """Every series, for `render_sum`."""
-        return [
-            Series(
-                name=metric.name,
-                help=metric.documentation,
-                kind=metric.type,
-                samples=tuple((s.name, s.labels, s.value) for s in metric.samples),
-            )
-            for metric in self._registry.collect()
-        ]
+        """Every series, for `octavo.observability.series.render_sum`."""
+        return series_of(self._registry)
 
     def observe_http(self, *, handler: str, method: str, status: int, seconds: float) -> None:
         """One HTTP request has been answered. `handler` is the route, not the raw path."""
@@ -347,32 +302,37 @@ class Metrics:
 
     def on_outputs(self, outputs: EngineOutputs, now: float) -> None:
         """`now`: monotonic seconds at which these outputs reached the front end."""
+        gaps: dict[float, int] = {}  # when a request had its last token -> requests
         for output in outputs.outputs:
             track = self._tracks.get(output.request_id)
-            if track is not None:
-                self._on_output(track, output, now)
+            if track is None:
+                continue
+            num_new = len(output.new_token_ids)
+            if num_new and track.num_generated:
+                gaps[track.last_token] = gaps.get(track.last_token, 0) + 1
+                track.num_generated += num_new
+                track.last_token = now
+            elif num_new:
+                self._on_first_token(track, num_new, now)
+            if output.num_cached_tokens > track.num_cached:
+                track.num_cached = output.num_cached_tokens
+            if output.finish_reason is not None:
+                del self._tracks[output.request_id]
+                reason = FinishReason.STOP if track.is_stopped else output.finish_reason
+                self._on_finish(track, reason, output.times, now)
+        for last_token, count in gaps.items():
+            self._plain["vllm:inter_token_latency_seconds"].observe(now - last_token, count)
         if outputs.stats is not None and self._is_first:
             self._on_stats(outputs.stats)
             self._count_step(outputs.stats)
             if outputs.stats.worker is not None:
                 self._count_work(outputs.stats.worker)
 
-    def _on_output(self, track: _Track, output: EngineOutput, now: float) -> None:
-        num_new = len(output.new_token_ids)
-        if num_new:
-            if track.num_generated == 0:
-                track.first_token = now
-                arrival = track.request.arrival_time
-                self._plain["vllm:time_to_first_token_seconds"].observe(now - arrival)
-            else:
-                self._plain["vllm:inter_token_latency_seconds"].observe(now - track.last_token)
-            track.num_generated += num_new
-            track.last_token = now
-        track.num_cached = max(track.num_cached, output.num_cached_tokens)
-        if output.finish_reason is not None:
-            del self._tracks[output.request_id]
-            reason = FinishReason.STOP if track.is_stopped else output.finish_reason
-            self._on_finish(track, reason, output.times, now)
+    def _on_first_token(self, track: _Track, num_new: int, now: float) -> None:
+        track.first_token = track.last_token = now
+        track.num_generated = num_new
+        waited = now - track.request.arrival_time
+        self._plain["vllm:time_to_first_token_seconds"].observe(waited)
 
     def _on_finish(
         self, track: _Track, reason: FinishReason, times: RequestTimes | None, now: float
