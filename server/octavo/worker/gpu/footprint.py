@@ -75,7 +75,8 @@ def footprint(
     """Of an engine of these sizes; ``sizes.num_blocks`` plays no part.
 
     The order is that of the start: what lives as long as the engine, then the largest step, from
-    whose memory smaller steps are served, then the graphs in theirs.
+    whose memory smaller steps are served, then the graphs in theirs. What loading and proving
+    cuBLAS take is given back before there is a cache.
     """
     memory = CachingAllocator()
     parts = _weights(spec, sizes=sizes, memory=memory)
@@ -249,19 +250,13 @@ def _temporary(steps: _Steps, *, max_logprobs: int, memory: CachingAllocator) ->
     add("activations", f"of a step of {num_tokens:,} tokens")
     memory.allocate(steps.score(num_best=min(max_logprobs, sizes.vocab_size)))()
     add("log-probabilities", f"of a prompt, {max_logprobs:,} a token; beyond the activations")
-    # As `prove_cublas` does: weight, input and two outputs, of one shape at a time.
-    for n, k in steps.products if sizes.dtype != torch.float32 else ():
-        shapes = ((n, k), (num_tokens, k), (num_tokens, n), (num_tokens, n))
-        with Tally(memory):
-            _ = [torch.empty(shape, dtype=sizes.dtype, device=META) for shape in shapes]
-    add("proof of cuBLAS", "at the start; beyond the activations")
     return parts
 
 
 def _graphs(steps: _Steps, graphs: GraphSizes) -> list[Part]:
     """Memory that captured graphs share, and the graphs. How well they share depends on the order
     of capture, which is that of need: the worse of two."""
-    keys = graphs.keys()
+    keys = [*graphs.keys(), *graphs.shared_keys()]
     reserved = []
     for order in (keys, keys[::-1]):
         pool = CachingAllocator()
