@@ -27,7 +27,7 @@ Ints = npt.NDArray[np.int32]
 
 NUM_SLOTS = 3  # the step being staged, and two whose copies may not have run
 _WORD_BYTES = 4
-_SPARE = 1 << 16  # words
+_SPARE = 1 << 16  # words for the arena, beside two longest requests
 _LARGEST = 1 << 20
 _DTYPES = {torch.int32: np.int32, torch.float32: np.float32, torch.int64: np.int64}
 
@@ -38,8 +38,13 @@ def upload_words(sizes: StepSizes) -> int:
     A bound there is not: any number of requests may come, each with all its tokens.
     """
     batch = BatchWords.num_words(sizes.max_num_seqs)
-    sections = 16 * sizes.max_num_seqs
-    return padded(batch + sections + min(2 * sizes.max_model_len + _SPARE, _LARGEST))
+    values = min(2 * sizes.max_model_len + _SPARE, _LARGEST)
+    return padded(batch + _section_words(sizes) + values)
+
+
+def _section_words(sizes: StepSizes) -> int:
+    """Room that a step's sections are given together: lists of places and rows, block copies."""
+    return 16 * sizes.max_num_seqs + 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +94,8 @@ class HostBatch:
 class Upload:
     """Stages a step's words, then sends them; for one thread.
 
-    Anything may be staged in any order until ``send``, but between two sends no word of the arena
-    may be put twice: ranges are written in no order.
+    First what goes to the arena, then sections. Between two sends no word of the arena may be put
+    twice: ranges are written in no order.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Upload:
         self._arena = arena
         self._capacity = words.shape[0]
         self._batch_words = BatchWords.num_words(sizes.max_num_seqs)
+        self._section_words = _section_words(sizes)
         self._slots = [runtime.host_tensor(self._capacity, torch.int32) for _ in range(NUM_SLOTS)]
         self._arrays: list[Ints] = [slot.numpy() for slot in self._slots]
         self._batches = [HostBatch.of(slot, sizes=sizes) for slot in self._slots]
@@ -150,11 +156,12 @@ class Upload:
     def section(self, values: npt.NDArray[np.generic]) -> Tensor:
         """Where these 4-byte values [n] will lie on the device, as words [n], 16-byte aligned.
 
-        They are there from `send` on, until the next step is sent.
+        They are there from `send` on, until the next step is sent. The sections of a step are a
+        few values for each of its requests, not more.
         """
         assert values.dtype.itemsize == _WORD_BYTES and values.ndim == 1
-        if self._room(0) < len(values):
-            self._flush()
+        if self._sections_end == self._batch_words and self._room(0) < self._section_words:
+            self._flush()  # now, as what lies before a section cannot be sent on its own later
         assert self._room(0) >= len(values), f"{len(values)} words do not fit into an upload"
         self._open()
         start = self._cursor = padded(self._cursor)
