@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -141,9 +142,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     recorded = _recorded.get()
     if recorded is not None:
         recorded.add(Launch(kernel=kernel, args=args, options=options).key)
-    if isinstance(kernel, InterpretedFunction):
-        _make_plain(options)
-    kernel[grid](*args, **options)
+    if not isinstance(kernel, InterpretedFunction):
+        kernel[grid](*args, **options)
+        return
+    _make_plain(options)
+    with np.errstate(all="ignore"):  # a GPU does not warn of inf and NaN
+        kernel[grid](*args, **options)
 
 
 def _make_plain(options: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from octavo.config import EngineConfig
 from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
 from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
-from octavo.types import EngineInfo, NewRequest, SamplingParams, SchedulerOutput
+from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import CPUTransfer, NoTransfer, plan_host_slots
 from octavo.worker.model_runner import ModelRunner
@@ -21,19 +20,12 @@ from octavo.worker.request_table import RequestTable
 from octavo.worker.sizing import (
     CachePlan,
     available_memory,
-    max_num_batched_tokens,
     plan_cache,
     usable_cores,
 )
 from octavo_kernels import block_copy, parallel, precompile, sampling
 
 _WARM_TOKENS = (1, 2, 40)  # lengths of the made-up prompts that warm the kernels
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError for a device that has no kernels here."""
-    if device == "cuda":
-        raise ValueError("device cuda is not supported yet; use --device cpu")
 
 
 def set_threads(wanted: int | None) -> int:
@@ -49,8 +41,8 @@ def kernels_compiled(config: EngineConfig) -> AbstractContextManager[None]:
 
     On a machine's first start only; the end of the block waits for them.
     """
-    weights = weight_dtype(config.model.dtype, device="cpu")
-    return precompile.precompiled(weight_dtype=weights, cache_dtype=_kv_dtype(config))
+    weights, cached = dtypes(config)
+    return precompile.precompiled(weight_dtype=weights, cache_dtype=cached)
 
 
 def load(config: EngineConfig, *, files: ModelFiles, spec: ModelSpec) -> Model:
@@ -65,21 +57,23 @@ def load(config: EngineConfig, *, files: ModelFiles, spec: ModelSpec) -> Model:
         files,
         spec,
         platform=CPUPlatform(),
-        dtype=weight_dtype(config.model.dtype, device="cpu"),
+        dtype=dtypes(config)[0],
         seed=config.model.seed % 2**63,
         max_model_len=wanted,
     )
 
 
-def _kv_dtype(config: EngineConfig) -> torch.dtype:
-    name = config.cache.kv_cache_dtype
-    return weight_dtype(config.model.dtype if name == "auto" else name, device="cpu")
+def dtypes(config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Of the weights, and of cached K and V."""
+    weights, cached = config.model.dtype, config.cache.kv_cache_dtype
+    names = (weights, weights if cached == "auto" else cached)
+    return weight_dtype(names[0], device="cpu"), weight_dtype(names[1], device="cpu")
 
 
 def make_runner(config: EngineConfig, *, model: Model) -> tuple[CachePlan, ModelRunner]:
     """Sizes and reserves the cache, and puts table, sampler and model together."""
     block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
-    cache_spec = kv_cache_spec(model.spec, block_size=block_size, dtype=_kv_dtype(config))
+    cache_spec = kv_cache_spec(model.spec, block_size=block_size, dtype=dtypes(config)[1])
     block_bytes, available_bytes = model.backend.block_bytes(cache_spec), available_memory()
     num_host_slots = plan_host_slots(
         config.cache, block_bytes=block_bytes, available_bytes=available_bytes
@@ -137,39 +131,3 @@ def warm(runner: ModelRunner, *, plan: CachePlan, block_size: int) -> None:
         )
         runner.execute(SchedulerOutput(step=step, num_scheduled_tokens={"warm": 1}))
     runner.execute(SchedulerOutput(step=0, finished_request_ids=("warm",)))
-
-
-def engine_info(
-    config: EngineConfig,
-    *,
-    files: ModelFiles,
-    plan: CachePlan,
-    num_threads: int,
-    phases: Mapping[str, float],
-) -> EngineInfo:
-    """What was decided, for the front end and for whoever reads the start-up lines."""
-    spec = files.spec
-    max_num_seqs = config.scheduler.max_num_seqs
-    return EngineInfo(
-        model=files.name,
-        architecture=spec.architecture,
-        device="cpu",
-        dtype=_name(weight_dtype(config.model.dtype, device="cpu")),
-        kv_cache_dtype=_name(_kv_dtype(config)),
-        vocab_size=spec.vocab_size,
-        max_model_len=plan.max_model_len,
-        block_size=config.cache.block_size,
-        num_blocks=plan.num_blocks,
-        num_host_slots=plan.num_host_slots,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens(
-            config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs
-        ),
-        num_threads=num_threads,
-        eos_token_ids=spec.eos_token_ids,
-        phases=dict(phases),
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,7 +13,11 @@ from octavo.config import EngineConfig
 from octavo.types import EngineInfo
 
 if TYPE_CHECKING:
-    from octavo.worker.executor import InlineExecutor, ThreadExecutor
+    import torch
+
+    from octavo.checkpoint import ModelFiles
+    from octavo.engine.protocols import Executor
+    from octavo.worker.sizing import CachePlan
 
 _log = logging.getLogger(__name__)
 
@@ -31,20 +35,29 @@ class _Phases:
         self._last = now
 
 
-def build_worker(config: EngineConfig) -> tuple[InlineExecutor | ThreadExecutor, EngineInfo]:
+def build_worker(config: EngineConfig) -> tuple[Executor, EngineInfo]:
     """Finds and loads the model, sizes its cache and warms every kernel that serving calls.
 
-    The executor runs in a thread of its own when scheduling overlaps (``async_scheduling``).
-    Raises ValueError when the model or an option cannot be used.
+    On a CPU the executor runs in a thread of its own when scheduling overlaps
+    (``async_scheduling``). Raises ValueError when the model or an option cannot be used.
     """
     phases = _Phases()
-    # Lazy: torch and numba take a second, which is a phase of its own.
+    # Lazy: torch takes a second, which is a phase of its own.
+    from octavo.worker.devices import DeviceKind, choose_device
+
+    kind = choose_device(config.model.device)
+    if kind is DeviceKind.CPU:
+        return _on_cpu(config, phases)
+    return _on_gpu(config, phases, is_interpreted=kind is DeviceKind.INTERPRETED)
+
+
+def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo]:
     from octavo.checkpoint import resolve
     from octavo.worker import startup
     from octavo.worker.executor import InlineExecutor, ThreadExecutor
+    from octavo.worker.sizing import max_num_batched_tokens
 
     phases.end("import")
-    startup.check_device(config.model.device)
     num_threads = startup.set_threads(config.model.num_threads)
     files = resolve(config.model)  # first: a wrong model must be told at once
     phases.end("resolve")
@@ -55,10 +68,91 @@ def build_worker(config: EngineConfig) -> tuple[InlineExecutor | ThreadExecutor,
         phases.end("cache")
     startup.warm(runner, plan=plan, block_size=config.cache.block_size)
     phases.end("warm")
+    scheduler = config.scheduler
+    info = _info(
+        config,
+        files=files,
+        plan=plan,
+        device="cpu",
+        dtypes=startup.dtypes(config),
+        max_num_batched_tokens=max_num_batched_tokens(
+            scheduler.max_num_batched_tokens, max_num_seqs=scheduler.max_num_seqs
+        ),
+        num_threads=num_threads,
+        phases=phases,
+    )
+    return (ThreadExecutor if scheduler.async_scheduling else InlineExecutor)(runner), info
+
+
+def _on_gpu(
+    config: EngineConfig, phases: _Phases, *, is_interpreted: bool
+) -> tuple[Executor, EngineInfo]:
+    from octavo.checkpoint import resolve
+    from octavo.worker.gpu import startup
+    from octavo.worker.gpu.executor import GpuExecutor
+
+    phases.end("import")
+    files = resolve(config.model)
+    phases.end("resolve")
+    startup.set_threads(config.model.num_threads)
+    device = startup.start_device(is_interpreted=is_interpreted)
+    phases.end("device")
+    plan = startup.make_plan(config, spec=files.spec, device=device)
+    phases.end("plan")
+    with startup.kernels_warm(files.spec, plan=plan, device=device):
+        model = startup.load(config, files=files, plan=plan, device=device)
+        phases.end("load")
+    phases.end("kernels")
+    startup.prove_products(model, plan=plan)
+    phases.end("prove")
+    runner, graphs = startup.make_runner(config, model=model, plan=plan, device=device)
+    phases.end("cache")
+    startup.warm(runner, graphs, plan=plan, device=device)
+    phases.end("warm")
+    info = _info(
+        config,
+        files=files,
+        plan=plan.cache,
+        device=device.name,
+        dtypes=(plan.memory.sizes.dtype, plan.memory.cache_dtype),
+        max_num_batched_tokens=plan.memory.sizes.max_num_tokens,
+        phases=phases,
+    )
+    return GpuExecutor(runner), info
+
+
+def _info(
+    config: EngineConfig,
+    *,
+    files: ModelFiles,
+    plan: CachePlan,
+    device: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    max_num_batched_tokens: int,
+    phases: _Phases,
+    num_threads: int = 0,
+) -> EngineInfo:
+    """What was decided, for the front end and for whoever reads the start-up lines.
+
+    ``dtypes``: of the weights, and of cached K and V.
+    """
     for note in plan.notes:
         _log.warning("%s", note)
-    info = startup.engine_info(
-        config, files=files, plan=plan, num_threads=num_threads, phases=phases.seconds
+    dtype, cache_dtype = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return EngineInfo(
+        model=files.name,
+        architecture=files.spec.architecture,
+        device=device,
+        dtype=dtype,
+        kv_cache_dtype=cache_dtype,
+        vocab_size=files.spec.vocab_size,
+        max_model_len=plan.max_model_len,
+        block_size=config.cache.block_size,
+        num_blocks=plan.num_blocks,
+        num_host_slots=plan.num_host_slots,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_threads=num_threads,
+        eos_token_ids=files.spec.eos_token_ids,
+        phases=phases.seconds,
     )
-    is_threaded = config.scheduler.async_scheduling
-    return (ThreadExecutor if is_threaded else InlineExecutor)(runner), info

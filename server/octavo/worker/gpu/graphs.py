@@ -35,6 +35,7 @@ class ForwardKey:
 
     num_tokens: int
     is_decode: bool  # every request has one token
+    shares_prefixes: bool = False  # what requests begin with in common is read once
 
     def num_requests(self, max_num_seqs: int) -> int:
         """The graph's bound on requests; places that a batch leaves unused are padding."""
@@ -97,6 +98,15 @@ class GraphSizes:
         # A mixed batch has a request of more than one token beside others, or is a short prompt.
         return cls(decode=rows, mixed=tuple(s for s in fits if s >= 8), sampling=rows)
 
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Of decode steps that share prefixes: fewer sizes, since rows are not what they read."""
+        return tuple(size for size in self.decode if size > 1 and size // (size & -size) in (1, 3))
+
+    def shared_keys(self) -> list[ForwardKey]:
+        """Captured only if steps ask for them: they would run without as well."""
+        return [ForwardKey(size, True, True) for size in self.shared]
+
     def keys(self) -> list[GraphKey]:
         """All of them; what a server needs first comes first."""
         rows: list[GraphKey] = []
@@ -124,6 +134,7 @@ class StepGraphs:
         self._graphs: dict[GraphKey, Graph] = {}
         # In the order to be captured, last first: what steps asked for most recently is last.
         self._missing: dict[GraphKey, bool] = dict.fromkeys(reversed(sizes.keys()), False)
+        self._unasked: set[GraphKey] = set(sizes.shared_keys())
         self._work_of: Callable[[GraphKey], Callable[[], None]] | None = None
         self._next_wanted_at = self._next_other_at = 0.0
         self._num_replayed = self._num_eager = self._num_captured = 0
@@ -143,14 +154,20 @@ class StepGraphs:
         return len(self._missing)
 
     def forward_key(
-        self, *, num_tokens: int, num_requests: int, is_decode: bool
+        self, *, num_tokens: int, num_requests: int, is_decode: bool, shares_prefixes: bool = False
     ) -> ForwardKey | None:
-        """The captured graph to run these on, padded to its size; None: run them as they are."""
+        """The captured graph to run these on, padded to its size; None: run them as they are.
+
+        Requests that share prefixes get a graph without that until theirs is captured.
+        """
         # With one token each there are as many requests; a mixed graph has room for no more.
         assert num_requests <= num_tokens
         sizes = self._sizes.decode if is_decode else self._sizes.mixed
         candidates = [ForwardKey(size, is_decode) for size in _fitting(sizes, num_tokens)]
         key = self._captured(candidates)
+        if shares_prefixes and is_decode:
+            sizes = _fitting(self._sizes.shared, num_tokens)
+            key = self._captured([ForwardKey(size, True, True) for size in sizes]) or key
         if key is None:
             self._num_eager += 1
         else:
@@ -185,11 +202,8 @@ class StepGraphs:
             return False
         began = self._now()
         key, _ = self._missing.popitem()
-        work = self._work_of(key)
-        # Once outside the capture, with no request in it: whatever is made at first use, is made.
-        self._buffers.blank_batch()
-        work()
-        self._graphs[key] = self._runtime.capture(work)
+        # Once outside the capture: whatever is made at first use, is made.
+        self._graphs[key] = self._runtime.capture(self.run_blank(key))
         self._num_captured += 1
         ended = self._now()
         took = ended - began
@@ -198,6 +212,15 @@ class StepGraphs:
         if not self._missing:
             _log.info("all %d graphs of steps are captured", len(self._graphs))
         return True
+
+    def run_blank(self, key: GraphKey) -> Callable[[], None]:
+        """Launches the work of ``key``, which need not be a graph's, on a batch of padding alone;
+        returns the work."""
+        assert self._work_of is not None, "bind comes first"
+        self._buffers.blank_batch()
+        work = self._work_of(key)
+        work()
+        return work
 
     def take_stats(self) -> WorkerStats:
         """What happened since the last call."""
@@ -213,9 +236,11 @@ class StepGraphs:
 
     def _captured(self, candidates: Sequence[Key]) -> Key | None:
         """The first that has a graph. Only the nearest is what this step would have wanted."""
-        if candidates and candidates[0] in self._missing:
-            del self._missing[candidates[0]]
-            self._missing[candidates[0]] = True
+        wanted = candidates[0] if candidates else None
+        if wanted is not None and (wanted in self._missing or wanted in self._unasked):
+            self._unasked.discard(wanted)
+            self._missing.pop(wanted, None)
+            self._missing[wanted] = True
         return next((key for key in candidates if key in self._graphs), None)
 
 

@@ -1,0 +1,132 @@
+"""The GPU's engine as users meet it, in Triton's interpreter: offline, and as a server."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from octavo.checkpoint import resolve
+from octavo.checkpoint.gguf_tokenizer import dummy_tokenizer
+from octavo.config import ModelConfig
+from octavo.llm import LLM
+from octavo.models import load_model
+from octavo.platforms.cpu import CPUPlatform
+from octavo_kernels import parallel
+from tests.e2e.conftest import Server, start_server
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 260,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "eos_token_id": 0,
+}
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
+NUM_TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights so large that every token matters to the next."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text(json.dumps(dummy_tokenizer(260)))
+    (folder / "tokenizer_config.json").write_text("{}")
+    files = resolve(ModelConfig(model=str(folder), load_format="dummy"))
+    model = load_model(files, files.spec, platform=CPUPlatform(), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        name: torch.ones(slot.shape)
+        if slot.kind == "norm"
+        else torch.empty(slot.shape).normal_(std=0.3, generator=generator)
+        for name, slot in model.slots().items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> Iterator[list[list[int]]]:
+    """The CPU engine's tokens."""
+    before = parallel.num_threads(), torch.get_num_threads()
+    yield generated(checkpoint, device="cpu")
+    parallel.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
+
+
+def generated(checkpoint: Path, **options: Any) -> list[list[int]]:
+    llm = LLM(str(checkpoint), dtype="float32", max_num_seqs=2, num_threads=2, **options)
+    answers = llm.generate(
+        PROMPTS, {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    )
+    return [list(answer.outputs[0].token_ids) for answer in answers]
+
+
+def test_offline_tokens_are_the_cpus(checkpoint: Path, expected: list[list[int]]) -> None:
+    assert all(len(set(tokens)) > 2 for tokens in expected), "tokens that depend on the prompt"
+    assert generated(checkpoint, device="cuda", check_kv_invariants=True) == expected
+
+
+@pytest.fixture(scope="module")
+def gpu_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = start_server(
+        tmp_path_factory.mktemp("gpu-server") / "log",
+        *("--model", str(checkpoint), "--served-model-name", "tiny"),
+        *("--device", "cuda", "--dtype", "float32", "--max-num-seqs", "2"),
+        *("--cudagraph-capture-sizes", "1"),
+    )
+    yield running
+    running.process.terminate()
+    running.process.wait(timeout=60)
+
+
+def complete(server: Server, prompt: list[int]) -> dict[str, Any]:
+    body = {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": NUM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        server.url + "/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def test_a_server_serves_the_same(gpu_server: Server, expected: list[list[int]]) -> None:
+    log = gpu_server.log.read_text()
+    assert "float32 on CPU, in Triton's interpreter" in log
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        assert complete(gpu_server, prompt)["choices"][0]["token_ids"] == tokens
+    # Graphs are captured while there is nothing to run, and between steps: soon one is used.
+    how, num_requests = "octavo:forward_passes_total", len(PROMPTS)
+    while not gpu_server.metric(how, 'how="graph"'):
+        assert num_requests < 10
+        assert complete(gpu_server, PROMPTS[0])["choices"][0]["token_ids"] == expected[0]
+        num_requests += 1
+    assert gpu_server.metric(how) == num_requests * NUM_TOKENS
+    assert gpu_server.metric("octavo:graphs_captured_total") > 0
+    assert gpu_server.metric("octavo:kernel_compiles_after_ready_total") == 0
