@@ -27,6 +27,7 @@ Ints = npt.NDArray[np.int32]
 
 NUM_SLOTS = 3  # the step being staged, and two whose copies may not have run
 _WORD_BYTES = 4
+_SLACK = 2 * padded(1)  # words that aligning a section and the ranges may cost
 _SPARE = 1 << 16  # words for the arena, beside two longest requests
 _LARGEST = 1 << 20
 _DTYPES = {torch.int32: np.int32, torch.float32: np.float32, torch.int64: np.int64}
@@ -112,7 +113,9 @@ class Upload:
         self._events: list[Event] = [runtime.event() for _ in range(NUM_SLOTS)]
         self._slot = 0
         self._is_open = False  # whether the slot's last copy is known to have run
-        self._ranges: list[Ints] = []  # [n, 3]: source, destination, length
+        # Source, destination and length of each: one after the other, and [n, 3].
+        self._singles: list[int] = []
+        self._ranges: list[Ints] = []
         self._num_ranges = 0
         self._longest = 0  # of them
         # Of the slot, [0, _batch_words) and [_begin, _cursor) are staged; on the device,
@@ -128,7 +131,7 @@ class Upload:
     def put(self, column: str, row: int, values: npt.ArrayLike, *, start: int = 0) -> None:
         """Writes values (one, or a list) to a row of a column of the arena, from ``start`` on."""
         dtype = _DTYPES[self._arena.column(column).dtype]
-        data = np.atleast_1d(np.asarray(values, dtype)).view(np.int32)
+        data = np.array(values, dtype, ndmin=1).view(np.int32)
         self._put(self._arena.offset(column, row, start=start), data)
 
     def put_many(
@@ -151,7 +154,8 @@ class Upload:
         ranges[:, 0] = self._cursor + ends - lengths
         ranges[:, 1] = targets
         ranges[:, 2] = lengths
-        self._add(ranges, values, longest=int(lengths.max(initial=0)))
+        self._ranges.append(ranges)
+        self._add(values, num_ranges=len(rows), longest=int(lengths.max(initial=0)))
 
     def section(self, values: npt.NDArray[np.generic]) -> Tensor:
         """Where these 4-byte values [n] will lie on the device, as words [n], 16-byte aligned.
@@ -192,13 +196,14 @@ class Upload:
 
     def _lay_ranges(self) -> Tensor | None:
         """Puts the ranges behind the words they name; where they will lie on the device."""
-        if not self._ranges:
+        if not self._num_ranges:
             return None
-        ranges = np.concatenate(self._ranges)
-        self._ranges, self._num_ranges = [], 0
+        singles = np.array(self._singles, np.int32)
+        ranges = np.concatenate([singles, *(many.ravel() for many in self._ranges)])
+        self._singles, self._ranges, self._num_ranges = [], [], 0
         start = padded(self._cursor)
         self._cursor = start + ranges.size
-        self._arrays[self._slot][start : self._cursor] = ranges.ravel()
+        self._arrays[self._slot][start : self._cursor] = ranges
         return self._words[start : self._cursor].view(-1, 3)
 
     def _scatter(self, ranges: Tensor | None) -> None:
@@ -220,24 +225,25 @@ class Upload:
     def _room(self, num_ranges: int) -> int:
         """Words that may still be staged as so many ranges (and be padded)."""
         taken = self._cursor + 3 * (self._num_ranges + num_ranges)
-        return self._capacity - taken - 2 * padded(1)
+        return self._capacity - taken - _SLACK
 
     def _put(self, target: int, words: Ints) -> None:
-        done = 0
-        while done < len(words):
+        done, total = 0, len(words)
+        while done < total:
             if self._room(1) <= 0:
                 self._flush()
-            size = min(len(words) - done, self._room(1))
+            size = min(total - done, self._room(1))
             assert size > 0, "no room in an empty upload"
-            piece = np.array([[self._cursor, target + done, size]], np.int32)
-            self._add(piece, words[done : done + size], longest=size)
+            self._singles += (self._cursor, target + done, size)
+            self._add(words[done : done + size], num_ranges=1, longest=size)
             done += size
 
-    def _add(self, ranges: Ints, words: Ints, *, longest: int) -> None:
-        self._open()
+    def _add(self, words: Ints, *, num_ranges: int, longest: int) -> None:
+        """Stages values whose ranges were noted."""
+        if not self._is_open:
+            self._open()
         end = self._cursor + len(words)
         self._arrays[self._slot][self._cursor : end] = words
         self._cursor = end
-        self._ranges.append(ranges)
-        self._num_ranges += len(ranges)
+        self._num_ranges += num_ranges
         self._longest = max(self._longest, longest)
