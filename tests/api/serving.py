@@ -214,14 +214,14 @@ class ScriptedEngine(Pumped):
 class Server:
     """uvicorn in a thread."""
 
-    def __init__(self, app: Any, engine: ScriptedEngine) -> None:
+    def __init__(self, app: Any, engine: ScriptedEngine, *, http: Any = "auto") -> None:
         self.app = app
         self.engine = engine
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off")
+        config = uvicorn.Config(app, http=http, log_level="error", ws="none", lifespan="off")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -231,6 +231,12 @@ class Server:
     def start(self) -> None:
         self._thread.start()
         wait_until(lambda: self._server.started)
+
+    @property
+    def num_buffered(self) -> int:
+        """Bytes that the connections' clients have not taken yet."""
+        connections = list(self._server.server_state.connections)
+        return sum(c.transport.get_write_buffer_size() for c in connections)
 
     def stop(self) -> None:
         self._server.should_exit = True
@@ -246,11 +252,13 @@ def wait_until(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
 
 
 @contextlib.contextmanager
-def serving(*, tokenizer: Tokenizer, max_model_len: int = 256, **options: Any) -> Iterator[Server]:
-    """A running server; ``options`` go to `create_app`."""
+def serving(
+    *, tokenizer: Tokenizer, max_model_len: int = 256, http: Any = "auto", **options: Any
+) -> Iterator[Server]:
+    """A running server; ``http`` is uvicorn's protocol, ``options`` go to `create_app`."""
     engine = ScriptedEngine(vocab_size=tokenizer.vocab_size, max_model_len=max_model_len)
     app = create_app(engine, tokenizer=tokenizer, **options)
-    server = Server(app, engine)
+    server = Server(app, engine, http=http)
     server.start()
     try:
         yield server

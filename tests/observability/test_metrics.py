@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.observability.logging import ThroughputLog
 from octavo.observability.metrics import TABLE, Metrics, one_two_five
+from octavo.observability.series import GroupedHistogram, render_sum
 from octavo.types import (
     EngineInfo,
     EngineOutput,
@@ -215,3 +219,31 @@ def test_throughput_line(monkeypatch: pytest.MonkeyPatch) -> None:
     step(510.0, num_running=1, generation_tokens=10)
     assert len(lines) == 2
     assert "Avg generation throughput: 2.0 tokens/s" in lines[1]
+
+
+def test_a_grouped_histogram_is_a_histogram() -> None:
+    values = [0.001, 0.01, 0.0100001, 0.5, 2.0, 100.0] * 3
+    texts = []
+    for is_grouped in (False, True):
+        registry = CollectorRegistry()
+        kind: Any = GroupedHistogram if is_grouped else Histogram
+        series = kind("x", "Text.", ("b", "a"), registry=registry, buckets=(0.01, 0.5, 2, 50))
+        series = series.labels(a="1", b="2")
+        for value in values:
+            series.observe(value, 1) if is_grouped else series.observe(value)
+        texts.append(generate_latest(registry).decode())
+    assert texts[0] == texts[1]
+
+
+def test_the_sum_of_one_share_is_what_it_renders() -> None:
+    metrics = Metrics(INFO, model_name="name")
+    metrics.on_request(request("a", arrival=10.0))
+    output = EngineOutput(request_id="a", new_token_ids=(1,), finish_reason=FinishReason.STOP)
+    metrics.on_outputs(EngineOutputs(outputs=(output,), stats=StepStats(num_running=3)), 10.5)
+    metrics.observe_http(handler="/x", method="GET", status=200, seconds=0.2)
+    assert render_sum([metrics.series()]) == metrics.render()
+    other = Metrics(INFO, model_name="name", is_first=False)
+    other.on_request(request("b", arrival=10.0))
+    other.on_outputs(EngineOutputs(outputs=(), stats=StepStats(num_running=3)), 10.5)
+    assert render_sum([metrics.series(), other.series()]) == metrics.render()
+    assert render_sum([other.series(), other.series()]).count(b"\n") > 100
