@@ -52,7 +52,6 @@ class Device:
         )
         self.batch = BatchWords.of(self.words, max_num_seqs=NUM_ROWS)
         self.expected = {c.name: self.arena.view(c.name).clone() for c in COLUMNS}
-        self.fill(num_requests=0)
 
     def fill(self, *, num_requests: int) -> None:
         rows = np.arange(num_requests)
@@ -115,20 +114,20 @@ def test_values_of_every_type_reach_their_rows_and_no_others() -> None:
 
 def test_the_batch_is_padded_to_its_bounds() -> None:
     device = Device()
-    for num_requests in (5, 3, 1):
+    for num_requests in (5, 3, 1, 0):
         device.fill(num_requests=num_requests)
         device.upload.send()
         found = {name: getattr(device.batch, name).tolist() for name in BatchWords.__slots__}
         rest = NUM_ROWS - num_requests
         ends = [3 * (i + 1) for i in range(num_requests)]
-        samples = range(num_requests - 1)
+        samples = range(max(num_requests - 1, 0))
         assert found == {
             "rows": [i + 10 for i in range(num_requests)] + [-1] * rest,
-            "query_start_loc": [0, *ends] + [ends[-1]] * rest,
+            "query_start_loc": [0, *ends] + [3 * num_requests] * rest,
             "seq_lens": [end + 1 for end in ends] + [0] * rest,
-            "sample_tokens": ends[:-1] + [0] * (rest + 1),
-            "sample_rows": [i + 20 for i in samples] + [-1] * (rest + 1),
-            "sample_positions": [i + 30 for i in samples] + [0] * (rest + 1),
+            "sample_tokens": ends[:-1] + [0] * (NUM_ROWS - len(samples)),
+            "sample_rows": [i + 20 for i in samples] + [-1] * (NUM_ROWS - len(samples)),
+            "sample_positions": [i + 30 for i in samples] + [0] * (NUM_ROWS - len(samples)),
         }
 
 
@@ -238,6 +237,14 @@ def test_a_slot_is_written_again_only_once_its_copy_has_run() -> None:
         assert waits == [i % NUM_SLOTS for i in range(step + 1)]
         device.upload.send()
     device.check()
+
+
+def test_a_batch_is_not_left_behind_in_a_full_slot() -> None:
+    device = Device(num_words=BatchWords.num_words(NUM_ROWS) + 190)
+    device.fill(num_requests=2)
+    with pytest.raises(AssertionError, match="filled last"):
+        for row in range(NUM_ROWS):
+            device.put("tokens", row, list(range(37)))
 
 
 def test_the_staged_words_are_bounded_by_the_plan() -> None:

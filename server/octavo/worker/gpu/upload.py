@@ -113,6 +113,7 @@ class Upload:
         self._events: list[Event] = [runtime.event() for _ in range(NUM_SLOTS)]
         self._slot = 0
         self._is_open = False  # whether the slot's last copy is known to have run
+        self._is_batch_filled = False
         # Source, destination and length of each: one after the other, and [n, 3].
         self._singles: list[int] = []
         self._ranges: list[Ints] = []
@@ -124,8 +125,9 @@ class Upload:
 
     @property
     def batch(self) -> HostBatch:
-        """The step's batch; its arrays are others for every step."""
+        """The step's batch, to be filled when all else is staged; other arrays for every step."""
         self._open()
+        self._is_batch_filled = True
         return self._batches[self._slot]
 
     def put(self, column: str, row: int, values: npt.ArrayLike, *, start: int = 0) -> None:
@@ -184,9 +186,11 @@ class Upload:
         self._words[begin:end].copy_(slot[begin:end], non_blocking=True)
         self._scatter(ranges)
         self._begin = self._cursor = self._sections_end = self._batch_words
+        self._is_batch_filled = False
 
     def _flush(self) -> None:
         """Sends what was staged, but the batch, to make room; sections stay where they are."""
+        assert not self._is_batch_filled, "the batch is filled last"
         ranges = self._lay_ranges()
         begin, end = self._begin, self._cursor
         slot = self._slots[self._slot]
