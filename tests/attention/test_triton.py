@@ -18,10 +18,9 @@ from octavo.attention import (
     KVLayer,
     SharedPrefixes,
 )
-from octavo.attention import triton as backend_module
 from octavo.attention.triton import TritonAttention
 from octavo_kernels.paged_attention import numerics
-from octavo_kernels.paged_attention.shared_prefix import PrefixGroups
+from octavo_kernels.paged_attention.shared_prefix import PrefixGroups, attend_shared_prefix
 from octavo_kernels.testing import gpu_device, same_bits
 
 DEVICE = gpu_device()
@@ -140,13 +139,12 @@ def test_a_common_prefix_read_once_changes_no_bit(monkeypatch: pytest.MonkeyPatc
     """Requests 0, 2 and 3 hold a partition of 8 blocks in common; not every place is used."""
     monkeypatch.setattr(numerics, "PARTITION", 8 * BLOCK)
     calls: list[PrefixGroups] = []
-    attend = backend_module.attend_shared_prefix
 
     def counted(*args: Tensor, groups: PrefixGroups, **options: Any) -> None:
         calls.append(groups)
-        attend(*args, groups=groups, **options)
+        attend_shared_prefix(*args, groups=groups, **options)
 
-    monkeypatch.setattr(backend_module, "attend_shared_prefix", counted)
+    monkeypatch.setattr("octavo.attention.triton.attend_shared_prefix", counted)
 
     def ints(values: object) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)

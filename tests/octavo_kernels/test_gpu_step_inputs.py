@@ -73,10 +73,8 @@ class Step:
             name: torch.full(shape, POISON, dtype=torch.int32)
             for name, shape in zip(OUTS, self.shapes, strict=True)
         }
-        build_step_inputs_reference(
-            **{k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.arguments.items()},
-            **outs,
-        )
+        arguments = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
+        build_step_inputs_reference(**arguments, **outs)  # type: ignore[arg-type]
         return outs
 
     def check(self, **changes: Any) -> dict[str, Tensor]:
@@ -96,7 +94,7 @@ def test_a_small_step_by_hand() -> None:
     want = [first + 15, second, second + 1, 16 * int(blocks[0, 0]), -1, -1]
     assert got["slots"].tolist() == want
     assert torch.equal(got["block_tables"][0, :2], blocks[2, :2])
-    assert got["block_tables"][0, 2:].unique().tolist() == [POISON]
+    assert bool((got["block_tables"][0, 2:] == POISON).all())
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
@@ -112,7 +110,7 @@ def test_padded_places_and_failed_rows_write_no_slot() -> None:
     assert (got["slots"] >= 0).tolist() == [True] * 2 + [False] * 4 + [True] + [False] * 2
     assert got["token_ids"][2:6].tolist() == got["positions"][2:6].tolist() == [0] * 4
     for place in (1, 2, 4, 5):
-        assert got["block_tables"][place].unique().tolist() == [POISON]
+        assert bool((got["block_tables"][place] == POISON).all())
 
 
 @pytest.mark.parametrize("max_query_len", [0, 1, 300, 10**6])
@@ -195,7 +193,7 @@ def test_ranges_that_lead_outside_are_cut_or_passed_over() -> None:
             [99, 0, 4],
         ]
     )
-    assert got.tolist()[28:] == [1000, 1001] and got[:28].unique().tolist() == [POISON]
+    assert got.tolist()[28:] == [1000, 1001] and bool((got[:28] == POISON).all())
     scatter([[42, 0, most]])  # past the words' end
 
 
@@ -228,7 +226,7 @@ def test_padded_samples_are_greedy_and_neutral() -> None:
     out = gpu.SamplingColumns.create(5, device=DEVICE)
     for column in out.arguments().values():
         column.fill_(-9)
-    columns = table.arguments() | {"positions": ints([11, 12, 13, 14])}
+    columns: dict[str, Any] = table.arguments() | {"positions": ints([11, 12, 13, 14])}
     gpu.gather_sampling(ints([2, -1, 3, 0]), out=out.first(4), **columns)
     assert out.temperature.tolist() == [7, 0, 0, 7, -9]
     assert out.top_k.tolist() == [7, 0, 0, 7, -9]
@@ -248,9 +246,10 @@ def test_rows_are_gathered_exactly_from_any_place() -> None:
     assert gpu.gather_rows(hidden, index, out=out, use_pdl=True) is out
     assert_canaries(store, "rows")
     assert torch.equal(out, hidden[[3, 0, 0, 2, 3, 3]])
+    good: dict[str, Any] = {"hidden": hidden, "index": index, "out": out}
     for bad in ({"hidden": hidden[:0]}, {"index": index.long()}, {"out": out.half()}):
         with pytest.raises(ValueError, match="must be"):
-            gpu.gather_rows(**{"hidden": hidden, "index": index, "out": out, **bad})
+            gpu.gather_rows(**{**good, **bad})
 
 
 COMPILE = """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from octavo.types import BlockCopy, ModelOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.gpu.arena import RequestArena
 from octavo.worker.gpu.buffers import StepBuffers
 from octavo.worker.gpu.graphs import ForwardKey, GraphKey, StepGraphs
+from octavo.worker.gpu.prefix_sharing import PrefixSharing
 from octavo.worker.gpu.runtime import Event, Runtime
 from octavo.worker.gpu.sampler import GpuSampler, PendingSamples, StagedSamples
 from octavo.worker.gpu.scores import PendingScores, PromptScorer
@@ -74,6 +75,7 @@ class GpuRunner:
         kv: KVTensors,
         graphs: StepGraphs,
         transfer: KVTransfer = NO_TRANSFER,
+        prefixes: PrefixSharing | None = None,
     ) -> None:
         self._model = model
         self._runtime = runtime
@@ -86,6 +88,7 @@ class GpuRunner:
         self._scorer = scorer
         self._kv = kv
         self._transfer = transfer
+        self._prefixes = prefixes
         self._graphs = graphs
         self._inflight: deque[InFlight] = deque()
         self._events: list[Event] = []  # of finished steps, to be used again
@@ -102,6 +105,10 @@ class GpuRunner:
             copies = self._stage_copies(step.block_copies)
             batch = self._table.batch(step)
             assert batch.num_tokens <= self._buffers.sizes.max_num_tokens, "more than a step holds"
+            prefixes = self._prefixes
+            shares_prefixes = prefixes is not None and prefixes.stage(batch, self._upload)
+            is_plain = self._sampler.is_plain(batch.sample_rows)
+            staged = None if is_plain else self._sampler.stage(batch.sample_rows, self._upload)
             self._upload.batch.fill(
                 rows=batch.rows,
                 query_ends=batch.query_ends,
@@ -110,15 +117,13 @@ class GpuRunner:
                 sample_rows=batch.sample_rows,
                 sample_positions=batch.sample_positions,
             )
-            is_plain = self._sampler.is_plain(batch.sample_rows)
-            staged = None if is_plain else self._sampler.stage(batch.sample_rows, self._upload)
         finally:
             self._upload.send()
             loads = self._transfer.apply(step)
             if copies is not None:
                 self._model.backend.copy_blocks(self._kv.layers, src=copies[0], dst=copies[1])
         if batch.num_tokens:
-            self._forward(batch)
+            self._forward(batch, shares_prefixes=shares_prefixes)
         prompt_scores = self._score_prompts(batch)
         samples = self._sample(batch.num_samples, staged) if batch.num_samples else None
         event = self._events.pop() if self._events else self._runtime.event()
@@ -142,26 +147,32 @@ class GpuRunner:
         section = self._upload.section
         return section(np.array(src, np.int32)), section(np.array(dst, np.int32))
 
-    def _forward(self, batch: StepBatch) -> None:
+    def _forward(self, batch: StepBatch, *, shares_prefixes: bool) -> None:
         num_requests = len(batch.rows)
         key = self._graphs.forward_key(
             num_tokens=batch.num_tokens,
             num_requests=num_requests,
             is_decode=batch.max_query_len == 1,
+            shares_prefixes=shares_prefixes,
         )
         if key is not None:
             self._graphs.replay(key)
         else:
-            self._forward_work(batch.num_tokens, num_requests, batch.max_query_len)()
+            self._forward_work(
+                batch.num_tokens, num_requests, batch.max_query_len, shares_prefixes
+            )()
 
     def _forward_work(
-        self, num_tokens: int, num_requests: int, max_query_len: int
+        self, num_tokens: int, num_requests: int, max_query_len: int, shares_prefixes: bool
     ) -> Callable[[], None]:
         """From the uploaded batch to ``hidden``, for so many tokens of so many requests."""
         buffers = self._buffers
         attn = buffers.attention(
             num_tokens=num_tokens, num_requests=num_requests, max_query_len=max_query_len
         )
+        if shares_prefixes:
+            assert self._prefixes is not None
+            attn = replace(attn, prefixes=self._prefixes.views(num_requests))
         token_ids, out = buffers.token_ids[:num_tokens], buffers.hidden[:num_tokens]
 
         def work() -> None:
@@ -229,7 +240,9 @@ class GpuRunner:
     def _work_of(self, key: GraphKey) -> Callable[[], None]:
         if isinstance(key, ForwardKey):
             num_requests = key.num_requests(self._buffers.sizes.max_num_seqs)
-            return self._forward_work(key.num_tokens, num_requests, key.max_query_len)
+            return self._forward_work(
+                key.num_tokens, num_requests, key.max_query_len, key.shares_prefixes
+            )
         size = key.num_samples
         return lambda: self._sampler.launch_plain(self._model, self._buffers, size)
 
