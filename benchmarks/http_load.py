@@ -130,7 +130,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def milliseconds(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of them lie."""
+    """The value below which ``share`` of them lie; 0 if there are none."""
+    if not values:
+        return 0.0
     return round(sorted(values)[min(len(values) - 1, int(share * len(values)))] * 1e3, 3)
 
 

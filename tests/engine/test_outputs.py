@@ -167,3 +167,28 @@ def test_one_failure_ends_all() -> None:
         return engine.closed
 
     assert sorted(asyncio.run(fail())) == ["r0", "r1", "r2"]
+
+
+def test_text_alone_is_read_the_short_way() -> None:
+    """Both ways may take turns; what is not one token of text is left to the long way."""
+    ids = TOKENIZER.encode("naïve 日本語 😀 and so on")
+    request = EngineRequest(request_id="r", prompt_token_ids=(5,), params=SamplingParams())
+    choice = Choice(index=0, prompt_index=0, request=request, text=TextParams())
+    reader = ChoiceReader(choice, tokenizer=TOKENIZER)
+    texts, num_long = [], 0
+    for position, token_id in enumerate(ids):
+        output = EngineOutput(
+            request_id="r",
+            new_token_ids=(token_id,),
+            num_cached_tokens=16,
+            finish_reason=FinishReason.LENGTH if position == len(ids) - 1 else None,
+        )
+        text = reader.read_text(output)
+        if text is None:
+            num_long += 1
+            delta = reader.read(output)
+            assert delta.num_cached_tokens == 16
+            text = delta.text
+        texts.append(text)
+    assert "".join(texts) == "naïve 日本語 😀 and so on"
+    assert num_long == 2  # the first tells what was cached, the last the end

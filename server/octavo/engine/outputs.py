@@ -65,6 +65,7 @@ class ChoiceReader:
         )
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._owes_prompt_logprobs = choice.request.params.prompt_logprobs is not None
+        self._num_cached = 0  # as last read
         self._has_short_form = (
             not self._owes_prompt_logprobs
             and choice.request.params.logprobs is None
@@ -78,7 +79,7 @@ class ChoiceReader:
         if (
             len(tokens) != 1
             or output.finish_reason is not None
-            or output.num_cached_tokens
+            or output.num_cached_tokens != self._num_cached
             or not self._has_short_form
         ):
             return None
@@ -91,6 +92,7 @@ class ChoiceReader:
             raise RequestFailedError(
                 output.error or "the request failed", is_bad_request=output.is_bad_request
             )
+        self._num_cached = output.num_cached_tokens
         if self._owes_prompt_logprobs:
             self._prompt_logprobs += output.new_prompt_logprobs
         text, num_tokens, offsets = self._text_of(output)
