@@ -57,7 +57,8 @@ class Launch:
 
 def _kind(arg: Any) -> str:
     if isinstance(arg, Tensor):
-        return f"*{arg.dtype}"
+        # Triton compiles a second kernel for an address that is no multiple of 16.
+        return f"*{arg.dtype}" + (" anywhere" if arg.data_ptr() % 16 else "")
     if isinstance(arg, TensorDescriptor):
         return f"tile {arg.base.dtype} {list(arg.block_shape)}"
     if isinstance(arg, GluonDescriptor):

@@ -18,7 +18,9 @@ from octavo.config import ModelConfig
 from octavo.llm import LLM
 from octavo.models import load_model
 from octavo.platforms.cpu import CPUPlatform
-from octavo_kernels import parallel
+from octavo.platforms.gpu import model_shape
+from octavo_kernels import launches, parallel
+from octavo_kernels.launch import recording
 from tests.e2e.conftest import Server, start_server
 
 if torch.cuda.is_available():
@@ -81,7 +83,12 @@ def generated(checkpoint: Path, **options: Any) -> list[list[int]]:
 
 def test_offline_tokens_are_the_cpus(checkpoint: Path, expected: list[list[int]]) -> None:
     assert all(len(set(tokens)) > 2 for tokens in expected), "tokens that depend on the prompt"
-    assert generated(checkpoint, device="cuda", check_kv_invariants=True) == expected
+    with recording() as keys:
+        assert generated(checkpoint, device="cuda", check_kv_invariants=True) == expected
+    spec = resolve(ModelConfig(model=str(checkpoint))).spec
+    shape = model_shape(spec, dtype=torch.float32, cache_dtype=torch.float32, block_size=16)
+    listed = {launch.key for launch in launches(shape)}
+    assert len(keys) > 10 and keys <= listed, "nothing else may be compiled while serving"
 
 
 @pytest.fixture(scope="module")

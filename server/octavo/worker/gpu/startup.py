@@ -24,6 +24,7 @@ from octavo.worker.gpu.buffers import StepBuffers, StepSizes
 from octavo.worker.gpu.graphs import ForwardKey, GraphSizes, SamplingKey, StepGraphs
 from octavo.worker.gpu.kv_transfer import GpuTransfer
 from octavo.worker.gpu.memory_plan import MemoryPlan, plan_gpu_memory
+from octavo.worker.gpu.prefix_sharing import PrefixSharing, min_saved_partitions
 from octavo.worker.gpu.runner import GpuRunner
 from octavo.worker.gpu.runtime import CudaRuntime, HostRuntime, Runtime
 from octavo.worker.gpu.sampler import GpuSampler
@@ -197,11 +198,9 @@ def make_runner(
     )
     buffers = StepBuffers.create(sizes, num_words=upload_words(sizes), device=runtime.device)
     graphs = StepGraphs(runtime, sizes=plan.graphs, buffers=buffers)
-    kv = KVTensors(
-        model.backend,
-        kv_cache_spec(model.spec, block_size=sizes.block_size, dtype=plan.memory.cache_dtype),
-        num_blocks=sizes.num_blocks,
-    )
+    table = GpuRequestTable(sizes=sizes, params=sampler)
+    cache = kv_cache_spec(model.spec, block_size=sizes.block_size, dtype=plan.memory.cache_dtype)
+    kv = KVTensors(model.backend, cache, num_blocks=sizes.num_blocks)
     transfer: KVTransfer = NO_TRANSFER
     if plan.num_host_slots:
         transfer = GpuTransfer(kv.layers, num_slots=plan.num_host_slots, runtime=runtime)
@@ -211,12 +210,15 @@ def make_runner(
         buffers=buffers,
         arena=arena,
         upload=Upload(runtime, sizes=sizes, words=buffers.words, arena=arena),
-        table=GpuRequestTable(sizes=sizes, params=sampler),
+        table=table,
         sampler=sampler,
         scorer=PromptScorer(arena.view("token_ids"), logits=buffers.logits, runtime=runtime),
         kv=kv,
         graphs=graphs,
         transfer=transfer,
+        prefixes=PrefixSharing(
+            arena, table=table, sizes=sizes, min_saved=min_saved_partitions(cache)
+        ),
     )
     return runner, graphs
 
