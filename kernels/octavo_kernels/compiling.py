@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from octavo_kernels.launch import Launch, compiling_for
 
+_WATCH_SECONDS = 0.5
 _LAUNCHES_A_PROCESS = 4  # fewer take less time than to import torch and triton
 
 
@@ -152,7 +153,16 @@ def _dump(launches: list[Launch], file: Any) -> None:
         pass  # it ended at once: each of its launches is reported as not compiled
 
 
+def _end_with_parent(parent: int) -> None:
+    """Its pipe cannot tell: nothing is written there while a kernel compiles."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(3)
+
+
 def _main(capability: int, launches: BinaryIO) -> None:
+    watch = threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True)
+    watch.start()
     for place, launch in enumerate(pickle.load(launches)):
         with compiling_for(capability):
             error = _error_of(launch)

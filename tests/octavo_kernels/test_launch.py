@@ -177,3 +177,16 @@ def test_launches_are_compiled_for_a_gpu_that_is_not_there(tmp_path: Path) -> No
     assert told["warps"] == 4 and told["stack"] == 0 and 0 < told["registers"] < 100
     assert told["sm_90"] and told["wide"]
     assert len(list(tmp_path.glob("*/*.cubin"))) == 4
+
+
+def test_who_compiles_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(compiling, "_WATCH_SECONDS", 0)
+    with pytest.raises(SystemExit):
+        compiling._end_with_parent(7)
+    assert not list(parents), "only when its parent is another"

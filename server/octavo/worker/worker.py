@@ -97,9 +97,9 @@ def _on_gpu(
     startup.set_threads(config.model.num_threads)
     device = startup.start_device(is_interpreted=is_interpreted)
     phases.end("device")
-    plan = startup.make_plan(config, spec=files.spec, device=device)
-    phases.end("plan")
-    with startup.kernels_warm(files.spec, plan=plan, device=device):
+    with startup.kernels_warm(config, spec=files.spec, device=device):
+        plan = startup.make_plan(config, spec=files.spec, device=device)
+        phases.end("plan")
         model = startup.load(config, files=files, plan=plan, device=device)
         phases.end("load")
     phases.end("kernels")

@@ -16,7 +16,7 @@ import torch
 
 from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.config import EngineConfig
-from octavo.models import Model, kv_cache_spec, load_model
+from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
 from octavo.platforms.gpu import GPUPlatform, model_shape
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.gpu.arena import RequestArena, request_columns
@@ -131,8 +131,8 @@ def _interpreted(config: EngineConfig) -> EngineConfig:
 
 
 @contextlib.contextmanager
-def kernels_warm(spec: ModelSpec, *, plan: Plan, device: GpuDevice) -> Iterator[None]:
-    """While the block loads the model, kernels are compiled, or found compiled, and loaded.
+def kernels_warm(config: EngineConfig, *, spec: ModelSpec, device: GpuDevice) -> Iterator[None]:
+    """While the block plans and loads, kernels are compiled, or found compiled, and loaded.
 
     The end of the block waits for them and raises what went wrong. An exception in the block does
     not wait: what is still compiling ends with the process.
@@ -140,12 +140,12 @@ def kernels_warm(spec: ModelSpec, *, plan: Plan, device: GpuDevice) -> Iterator[
     if device.is_interpreted:
         yield
         return
-    memory = plan.memory
+    weights, cached = config.model.dtype, config.cache.kv_cache_dtype
     shape = model_shape(
         spec,
-        dtype=memory.sizes.dtype,
-        cache_dtype=memory.cache_dtype,
-        block_size=memory.sizes.block_size,
+        dtype=weight_dtype(weights, device="cuda"),
+        cache_dtype=weight_dtype(weights if cached == "auto" else cached, device="cuda"),
+        block_size=config.cache.block_size,
     )
     failures: list[BaseException] = []
 
