@@ -48,6 +48,7 @@ SECTIONS = (
     Section("compile", "gpu_ceilings", 90, 60, calls_ops=False),
     Section("decode", "gpu_attention", 90, 40),
     Section("prefill", "gpu_attention", 90, 40),
+    Section("shared_prefix", "gpu_shared_prefix", 40, 20),
     Section("fused", "gpu_fused", 60, 30),
     Section("matmul", "gpu_matmul", 75, 40),
     Section("sampling", "gpu_sampling", 50, 30),
