@@ -134,9 +134,18 @@ def test_a_dead_http_process_takes_only_its_own_requests(model_dir: Path) -> Non
         streams = [server.stream(max_tokens=3000) for _ in range(16)]
         (child,) = family(server.process.pid)["api"]
         os.kill(child, signal.SIGKILL)
+        wait_until(lambda: readiness(server) == 503)
+        # Nobody waits for the dead: while the living end their answers, the others know at once.
+        assert {readiness(server) for _ in range(MANY)} <= {503, None}
         reasons = [reason_of(stream) for stream in streams]
         assert server.process.wait(DEADLINE) == 1
     assert set(reasons) == {"length", None}  # those of the living were answered whole
+
+
+def readiness(server: Server) -> int | None:
+    with contextlib.suppress(http.client.HTTPException, ConnectionError):
+        return server.get("/ready")[0]
+    return None
 
 
 def reason_of(stream: http.client.HTTPResponse) -> str | None:

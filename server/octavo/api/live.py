@@ -103,6 +103,7 @@ class LiveStream:
             self._leave(index)
         if self._body is not None:
             self._body.on_writable(None)
+            self._body = None  # the connection's next response may have set its own by next time
         self._exit.close()
 
     def _leave(self, index: int) -> None:

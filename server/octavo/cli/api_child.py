@@ -5,6 +5,7 @@ The standard library only, as `octavo.engine.launch`: all processes of a server 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ class ApiChild:
     def __init__(self, number: int, listener: socket.socket) -> None:
         """``listener``: bound, and the process's to listen on."""
         self.number = number
+        self._listener = listener
         self.channel, theirs = socket.socketpair()
         descriptors = (theirs.fileno(), listener.fileno())
         self._process = subprocess.Popen(
@@ -37,9 +39,12 @@ class ApiChild:
         """None while the process lives; negative is the signal that killed it."""
         return self._process.poll()
 
-    @property
-    def has_ended(self) -> bool:
-        return self.exit_code is not None
+    def stop_listening(self) -> None:
+        """Refuses the connections that came for the process, which has ended: our copy of its
+        socket still takes them. A Unix socket is everybody's, and goes on."""
+        if self._listener.family != socket.AF_UNIX:
+            with contextlib.suppress(OSError):  # it had not begun to listen
+                self._listener.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Ends the process at once, if it has not ended."""

@@ -264,6 +264,7 @@ class FirstPlace(_Counting):
                 telling.add_done_callback(self._telling.discard)
             self._news.set()
         del self._channels[child.number]
+        child.stop_listening()
         while (code := child.exit_code) is None:
             await asyncio.sleep(_POLL_SECONDS)
         if code != 0 or not self.orders.first.is_set():
