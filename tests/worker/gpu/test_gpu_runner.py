@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from octavo.types import (
     BlockCopy,
@@ -19,6 +21,7 @@ from octavo.worker.gpu.graphs import GraphSizes
 from octavo.worker.model_runner import ModelRunner
 from tests.worker.gpu.conftest import Engine
 
+SIZES = {"max_num_seqs": 4, "max_num_tokens": 32, "max_model_len": 64, "num_blocks": 8}
 PARAMS = {
     "greedy": SamplingParams(temperature=0.0),
     "seeded": SamplingParams(seed=11),
@@ -74,8 +77,17 @@ def steps() -> list[SchedulerOutput]:
             new_block_ids={"b": (2,)},
             finished_request_ids=("c",),
         ),
-        SchedulerOutput(step=4, num_scheduled_tokens={"b": 1, "a": 1}),
     ]
+
+
+def run(engine: Engine) -> list[ModelOutput]:
+    """Two steps in flight."""
+    flights, found = [], []
+    for step in steps():
+        flights.append(engine.runner.launch(step))
+        if len(flights) == 2:
+            found.append(engine.runner.finish(flights.pop(0)))
+    return found + [engine.runner.finish(flight) for flight in flights]
 
 
 def check_close(found: ModelOutput, want: ModelOutput) -> None:
@@ -94,9 +106,9 @@ def check_close(found: ModelOutput, want: ModelOutput) -> None:
 
 def check_score(a: TokenLogprobs, b: TokenLogprobs) -> None:
     assert (a.token_id, a.rank) == (b.token_id, b.rank)
-    assert a.logprob == pytest.approx(b.logprob, abs=2e-5)
+    assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
     assert [token for token, _ in a.top] == [token for token, _ in b.top]
-    assert [p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=2e-5)
+    assert [p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=1e-4)
 
 
 def test_steps_yield_what_they_yield_on_the_cpu(
@@ -104,21 +116,42 @@ def test_steps_yield_what_they_yield_on_the_cpu(
     make_runner: Callable[..., ModelRunner],
 ) -> None:
     """Every step is launched before the one before it is finished; decodes are graphs."""
-    sizes = {"max_num_seqs": 4, "max_num_tokens": 32, "max_model_len": 64, "num_blocks": 8}
     graphs = GraphSizes(decode=(4,), sampling=(2,))
-    engine = make_engine(graph_sizes=graphs, **sizes)
+    engine = make_engine(graph_sizes=graphs, **SIZES)
     while engine.runner.capture_one():
         pass
     cpu = make_runner(num_blocks=8, max_num_seqs=4)
-    flights = []
-    found = []
-    for step in steps():
-        flights.append(engine.runner.launch(step))
-        if len(flights) == 2:
-            found.append(engine.runner.finish(flights.pop(0)))
-    found += [engine.runner.finish(flight) for flight in flights]
+    found = run(engine)
     for output, step in zip(found, steps(), strict=True):
         assert output.step == step.step
         check_close(output, cpu.execute(step))
     replayed = sum(output.worker.graph_steps for output in found if output.worker)
-    assert replayed == 3
+    assert replayed == 2
+
+
+@pytest.mark.gpu
+def test_graphs_are_the_same_bits_as_kernel_by_kernel(make_engine: Callable[..., Engine]) -> None:
+    graphs = GraphSizes(decode=(2, 4), mixed=(8, 32), sampling=(1, 2, 4))
+    captured, eager = make_engine(graph_sizes=graphs, **SIZES), make_engine(**SIZES)
+    run(captured)  # whatever is made at first use is made
+    captured.runner.finish(
+        captured.runner.launch(SchedulerOutput(step=9, finished_request_ids=("a", "b", "c")))
+    )
+    while captured.runner.capture_one():
+        pass
+    for mine, other in zip(run(captured), run(eager), strict=True):
+        assert replace(mine, worker=None) == replace(other, worker=None)
+
+
+@pytest.mark.gpu
+def test_launching_a_step_never_waits_for_the_device(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(**SIZES)
+    run(engine)
+    again = make_engine(**SIZES)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flights = [again.runner.launch(step) for step in steps()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for flight in flights:
+        again.runner.finish(flight)

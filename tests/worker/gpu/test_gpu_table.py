@@ -13,11 +13,11 @@ import torch
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepSizes
-from octavo.worker.gpu.runtime import HostRuntime
 from octavo.worker.gpu.table import GpuRequestTable
 from octavo.worker.gpu.upload import Upload, upload_words
 from octavo.worker.input_batch import build_input_batch
 from octavo.worker.request_table import RequestTable
+from tests.worker.gpu.conftest import DEVICE, make_runtime
 from tests.worker.gpu.test_upload import make_sizes
 
 BLOCK_SIZE, NUM_ROWS, MAX_MODEL_LEN = 16, 5, 128
@@ -45,9 +45,9 @@ class Rig:
     sizes: StepSizes = field(default_factory=make_sizes)
 
     def __post_init__(self) -> None:
-        self.arena = RequestArena(request_columns(self.sizes), num_rows=NUM_ROWS, device="cpu")
-        words = torch.zeros(upload_words(self.sizes), dtype=torch.int32)
-        self.upload = Upload(HostRuntime(), sizes=self.sizes, words=words, arena=self.arena)
+        self.arena = RequestArena(request_columns(self.sizes), num_rows=NUM_ROWS, device=DEVICE)
+        words = torch.zeros(upload_words(self.sizes), dtype=torch.int32, device=DEVICE)
+        self.upload = Upload(make_runtime(), sizes=self.sizes, words=words, arena=self.arena)
         self.params = NoParams()
         self.table = GpuRequestTable(sizes=self.sizes, params=self.params)
         self.cpu = RequestTable(

@@ -14,6 +14,7 @@ from octavo.worker.gpu.arena import Column, RequestArena
 from octavo.worker.gpu.buffers import BatchWords, StepSizes
 from octavo.worker.gpu.runtime import HostRuntime
 from octavo.worker.gpu.upload import NUM_SLOTS, Upload, upload_words
+from tests.worker.gpu.conftest import DEVICE, make_runtime
 
 NUM_ROWS = 5
 COLUMNS = (
@@ -44,14 +45,16 @@ class Device:
 
     def __init__(self, *, num_words: int | None = None, runtime: Any = None) -> None:
         sizes = make_sizes()
-        self.words = torch.full((num_words or upload_words(sizes),), -7, dtype=torch.int32)
-        self.arena = RequestArena(COLUMNS, num_rows=NUM_ROWS, device="cpu")
+        self.words = torch.full(
+            (num_words or upload_words(sizes),), -7, dtype=torch.int32, device=DEVICE
+        )
+        self.arena = RequestArena(COLUMNS, num_rows=NUM_ROWS, device=DEVICE)
         self.arena.words.fill_(7)
         self.upload = Upload(
-            runtime or HostRuntime(), sizes=sizes, words=self.words, arena=self.arena
+            runtime or make_runtime(), sizes=sizes, words=self.words, arena=self.arena
         )
         self.batch = BatchWords.of(self.words, max_num_seqs=NUM_ROWS)
-        self.expected = {c.name: self.arena.view(c.name).clone() for c in COLUMNS}
+        self.expected = {c.name: self.arena.view(c.name).cpu().clone() for c in COLUMNS}
 
     def fill(self, *, num_requests: int) -> None:
         rows = np.arange(num_requests)
@@ -75,11 +78,11 @@ class Device:
 
     def check(self) -> None:
         for name, values in self.expected.items():
-            assert torch.equal(self.arena.view(name), values), name
+            assert torch.equal(self.arena.view(name).cpu(), values), name
 
 
 def test_columns_lie_apart_and_aligned() -> None:
-    arena = RequestArena(COLUMNS, num_rows=NUM_ROWS, device="cpu")
+    arena = RequestArena(COLUMNS, num_rows=NUM_ROWS, device=DEVICE)
     assert arena.words.shape[0] == RequestArena.num_words(COLUMNS, num_rows=NUM_ROWS)
     for value, column in enumerate(COLUMNS):
         view = arena.view(column.name)

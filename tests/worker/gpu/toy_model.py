@@ -22,9 +22,16 @@ POISONS, RAISES = 13, 14  # tokens: one makes NaN of what sees it, the other sto
 class _Blocks:
     """The part of `AttentionBackend` that is asked for here."""
 
+    def __init__(self, device: str) -> None:
+        self._device = device
+
     def allocate(self, spec: KVCacheSpec, *, num_blocks: int) -> list[KVLayer]:
         shape = (num_blocks, spec.block_size, spec.head_dim)
-        return [KVLayer(torch.empty(shape), torch.empty(shape)) for _ in range(spec.num_layers)]
+
+        def cache() -> Tensor:
+            return torch.empty(shape, device=self._device)
+
+        return [KVLayer(cache(), cache()) for _ in range(spec.num_layers)]
 
     def copy_blocks(self, kv_caches: Sequence[KVLayer], *, src: Tensor, dst: Tensor) -> None:
         assert src.data_ptr() % 16 == dst.data_ptr() % 16 == 0
@@ -33,7 +40,14 @@ class _Blocks:
 
 
 class ToyModel:
-    def __init__(self, spec: ModelSpec, *, vocab_size: int = 97, hidden_size: int = 16) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        device: str = "cpu",
+        vocab_size: int = 97,
+        hidden_size: int = 16,
+    ) -> None:
         self.spec = replace(
             spec,
             num_layers=1,
@@ -42,11 +56,13 @@ class ToyModel:
             hidden_size=hidden_size,
             vocab_size=vocab_size,
         )
-        self.backend: Any = _Blocks()
+        self.backend: Any = _Blocks(device)
         generator = torch.Generator().manual_seed(3)
-        self._embedding = torch.empty(vocab_size, hidden_size).normal_(generator=generator)
-        self._head = torch.empty(vocab_size, hidden_size).normal_(generator=generator)
-        self._turn = torch.empty(4096, hidden_size).normal_(generator=generator)
+
+        def table(size: int) -> Tensor:
+            return torch.empty(size, hidden_size).normal_(generator=generator).to(device)
+
+        self._embedding, self._head, self._turn = table(vocab_size), table(vocab_size), table(4096)
         self._embedding[POISONS] = float("nan")
         self.seen: list[tuple[list[int], list[int], list[int]]] = []  # tokens, positions, slots
 
@@ -77,7 +93,7 @@ class ToyModel:
             for place in range(start, end):
                 position = positions[place]
                 assert position == lengths[request] - (end - place)
-                past = torch.arange(position + 1)
+                past = torch.arange(position + 1, device=blocks.device)
                 seen = cache[blocks[past // block_size] * block_size + past % block_size]
                 near = 1.0 / (1.0 + (position - past))
                 out[place] = self._embedding[tokens[place]] + (seen * near[:, None]).sum(0)
