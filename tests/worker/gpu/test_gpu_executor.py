@@ -96,6 +96,18 @@ def test_another_error_fails_its_step_alone() -> None:
     assert executor.collect().step == 2
 
 
+def test_closing_waits_for_every_step_whatever_it_raises(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    executor, runner = make()
+    for number in range(3):
+        executor.submit(step(number, "a"))
+    runner.fails["finish 1"] = ValueError("no such row")
+    executor.close()
+    assert runner.calls[-3:] == ["finish 0", "finish 1", "finish 2"]
+    assert "no such row" in caplog.text
+
+
 def test_a_graph_that_cannot_be_captured_is_done_without(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -111,5 +123,8 @@ def test_what_counts_as_a_broken_device() -> None:
     assert is_device_error(CUDA_ERROR)
     assert is_device_error(RuntimeError("CUDA error: unspecified launch failure"))
     assert not is_device_error(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_device_error(
+        RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    )
     assert not is_device_error(RuntimeError("shapes do not match"))
     assert not is_device_error(ValueError("CUDA graphs need sizes"))

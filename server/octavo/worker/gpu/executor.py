@@ -50,9 +50,12 @@ class GpuExecutor:
         return self._capture(self._runner.capture_one)
 
     def close(self) -> None:
-        """Waits for submitted steps; their results are dropped."""
+        """Waits for submitted steps; their results are dropped, and why they failed is logged."""
         while self._inflight:
-            self.collect()
+            try:
+                self.collect()
+            except Exception as error:
+                _log.error("a step failed while the engine was closed", exc_info=error)
 
     def _capture(self, capture: Callable[[], bool]) -> bool:
         """A graph that cannot be captured is done without."""
@@ -78,9 +81,9 @@ class GpuExecutor:
 def is_device_error(error: Exception) -> bool:
     """Whether it is CUDA's word that its context is broken, from torch or from Triton.
 
-    Too little memory breaks nothing.
+    Too little memory breaks nothing, nor does a graph that could not be captured.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "captur" in str(error):
         return False
     is_cuda = isinstance(error, RuntimeError) and "CUDA" in str(error)
     return is_cuda or isinstance(error, torch.AcceleratorError)
