@@ -2,7 +2,9 @@
 
     python -m benchmarks.bench_http --reps 3 --out http --tree before=../octavo-before
 
-Measures ``octavo serve --fake-executor`` of this checkout and of each ``--tree``, in turns: tokens
+Measures ``octavo serve --fake-executor`` of this checkout and of each ``--tree`` (a source tree with
+its commit in a file COMMIT; one older than ``--fake-device`` needs a `FakeDevice` of the costs in
+OCTAVO_FAKE_DEVICE), in turns: tokens
 a second, TTFT, gaps between tokens, and the microseconds of processor time that the API processes,
 the engine process and the client spend per token. A step of the made-up device takes ``--step-us``,
 and ``--row-us`` and ``--token-us`` for each row and token in it, on no processor. API processes are

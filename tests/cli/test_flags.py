@@ -11,6 +11,7 @@ import pytest
 
 from octavo.cli import build_parser, main
 from octavo.cli.options import engine_config, server_config
+from octavo.cli.serve import _usual_count
 from octavo.compat import FOREIGN_FLAGS, add_foreign_flags
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, ServerConfig
 from octavo.flags import add_flags, flag_name, from_namespace, known_flags, parse_int
@@ -214,3 +215,12 @@ def test_configuration_survives_the_engine_argument() -> None:
 def test_flags_left_empty(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(*flags)
+
+
+def test_http_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("m", "-asc", "3")[1].api_server_count == 3
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    for cores, on_gpu in ((2, 1), (8, 1), (16, 2), (128, 4)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        counts = [_usual_count(read("m", "--device", d)[0]) for d in ("cpu", "auto", "cuda")]
+        assert counts == [1, 1, on_gpu]
