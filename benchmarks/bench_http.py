@@ -2,14 +2,14 @@
 
     python -m benchmarks.bench_http --reps 3 --out http --tree before=../octavo-before
 
-Measures ``octavo serve --fake-executor`` of this checkout and of each ``--tree`` (a source tree with
-its commit in a file COMMIT; one older than ``--fake-device`` needs a `FakeDevice` of the costs in
-OCTAVO_FAKE_DEVICE), in turns: tokens
-a second, TTFT, gaps between tokens, and the microseconds of processor time that the API processes,
-the engine process and the client spend per token. A step of the made-up device takes ``--step-us``,
-and ``--row-us`` and ``--token-us`` for each row and token in it, on no processor. API processes are
-pinned to ``--api-cpus``, the engine and the client to ``--other-cpus``: what is measured is the API
-side as long as the others are faster, which their columns tell.
+Measures ``octavo serve --fake-executor`` of this checkout and of each ``--tree`` (sources, and the
+commit in a file COMMIT; where there is no ``--fake-device``, patched to make a `FakeDevice` of the
+costs in OCTAVO_FAKE_DEVICE), in turns: tokens a second, TTFT, gaps between tokens, and the
+microseconds of processor time that the API processes, the engine process and the client spend per
+token. A step of the made-up device takes ``--step-us``, and ``--row-us`` and ``--token-us`` for
+each row and token in it, on no processor. API processes are pinned to ``--api-cpus``, the engine
+and the client to ``--other-cpus``: what is measured is the API side as long as the others are
+faster, which their columns tell.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def running(label: str, tree: Path, args: argparse.Namespace, *flags: str) -> It
     command += ["--max-num-batched-tokens", "8192", "--disable-uvicorn-access-log", *flags]
     environment = os.environ | {"PYTHONPATH": f"{tree}/server:{tree}/kernels"}
     device = f"{args.step_us},{args.row_us},{args.token_us}"
-    if tree == ROOT:
+    if "--fake-device" in (tree / "server/octavo/cli/options.py").read_text():
         command += ["--fake-device", device]
-    environment["OCTAVO_FAKE_DEVICE"] = device  # trees that have not got the flag
+    environment["OCTAVO_FAKE_DEVICE"] = device
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

@@ -140,3 +140,41 @@ def test_short_forms_have_their_texts_alone(direct: Server) -> None:
         direct.engine.script = None
     texts = [json.loads(e[6:])["choices"][0]["text"] for e in shown if e.startswith("data: {")]
     assert sorted("".join(texts)) == sorted(said)
+
+
+def test_leaving_a_written_stream_frees_it(direct: Server) -> None:
+    engine = direct.engine
+    engine.hold_after = 3
+    before = len(engine.aborted)
+    try:
+        with connected(direct, PLAIN | {"prompt": [5, 6], "n": 2}) as client:
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+            wait_until(lambda: engine.num_unfinished == 2)
+        wait_until(lambda: engine.num_unfinished == 0)
+    finally:
+        engine.hold_after = None
+    assert len(engine.aborted) == before + 2
+    wait_until(lambda: direct.app.state.front.lifecycle.num_active == 0)
+
+
+def test_streams_that_follow_each_other_on_a_connection(direct: Server) -> None:
+    """Sent at once, each begins when the one before it has ended, and none loses a byte."""
+    bodies = [PLAIN | {"prompt": [5, 6, n], "max_tokens": 2000} for n in range(3)]
+    with connected(direct, *bodies) as client:
+        data = b""
+        while data.count(b"\r\n0\r\n\r\n") < len(bodies):
+            data += client.recv(1 << 16)
+    answers = data.split(b"HTTP/1.1 200")[1:]
+    assert [a.count(b"data: {") for a in answers] == [
+        len(events(direct, TEXT, body)) - 2 for body in bodies
+    ]
+
+
+def connected(server: Server, *bodies: dict[str, Any]) -> socket.socket:
+    """A connection on which requests for completions have been sent."""
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    for body in bodies:
+        payload = json.dumps(body).encode()
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
+        client.sendall(head.encode() + payload)
+    return client
