@@ -31,13 +31,14 @@ from octavo.worker.gpu.upload import Upload, upload_words
 from octavo.worker.kv_tensors import KVTensors
 from octavo_kernels.paged_attention import numerics
 from octavo_kernels.paged_attention.shared_prefix import attend_shared_prefix
-from octavo_kernels.testing import same_bits
+from octavo_kernels.testing import gpu_device, same_bits
 from tests.worker.conftest import CONFIG
+from tests.worker.gpu.conftest import make_runtime
 
 BLOCK, PARTITION = 16, 128
 BLOCKS = PARTITION // BLOCK
 SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_num_tokens": 8, "max_model_len": 256}
-CPU = torch.device("cpu")
+DEVICE = torch.device(gpu_device())
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     config = CONFIG | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     files = resolve(ModelConfig(model=str(folder), load_format="dummy"))
-    made = load_model(files, files.spec, platform=GPUPlatform("cpu"), dtype=torch.bfloat16, seed=5)
+    made = load_model(files, files.spec, platform=GPUPlatform(DEVICE), dtype=torch.bfloat16, seed=5)
     generator = torch.Generator().manual_seed(3)
     for slot in made.slots().values():
         if slot.kind != "norm":
@@ -85,7 +86,7 @@ def step_sizes(**changed: Any) -> StepSizes:
 
 def step_buffers() -> StepBuffers:
     sizes = step_sizes()
-    return StepBuffers.create(sizes, num_words=upload_words(sizes), device=CPU)
+    return StepBuffers.create(sizes, num_words=upload_words(sizes), device=DEVICE)
 
 
 class Engine:
@@ -93,9 +94,9 @@ class Engine:
 
     def __init__(self, model: Model, *, shares: bool, graphs: GraphSizes | None = None) -> None:
         sizes = step_sizes(hidden_size=model.spec.hidden_size, vocab_size=model.spec.vocab_size)
-        runtime = HostRuntime()
-        self.buffers = StepBuffers.create(sizes, num_words=upload_words(sizes), device=CPU)
-        arena = RequestArena(request_columns(sizes), num_rows=sizes.max_num_seqs, device=CPU)
+        runtime = make_runtime()
+        self.buffers = StepBuffers.create(sizes, num_words=upload_words(sizes), device=DEVICE)
+        arena = RequestArena(request_columns(sizes), num_rows=sizes.max_num_seqs, device=DEVICE)
         sampler = GpuSampler(arena, sizes=sizes, runtime=runtime, max_logprobs=5)
         table = GpuRequestTable(sizes=sizes, params=sampler)
         self.graphs = StepGraphs(runtime, sizes=graphs or GraphSizes(), buffers=self.buffers)
@@ -171,7 +172,8 @@ def test_requests_that_begin_alike_get_the_bits_they_get_alone(
         want, hidden = plain.run(step)
         assert num_attended() == 0 and not hidden.isnan().any()
         found, found_hidden = sharing.run(step)
-        assert num_attended() == model.spec.num_layers
+        is_replayed = step.step > 0 and DEVICE.type == "cuda"  # without a word of Python
+        assert num_attended() == (0 if is_replayed else model.spec.num_layers)
         assert found.sampled_token_ids == want.sampled_token_ids
         assert same_bits(found_hidden, hidden)
         assert found.worker is not None and found.worker.graph_steps == step.step
@@ -236,7 +238,7 @@ class Staged:
 
 def test_what_did_not_change_is_not_sent_again() -> None:
     sizes = step_sizes()
-    arena = RequestArena(request_columns(sizes), num_rows=4, device=CPU)
+    arena = RequestArena(request_columns(sizes), num_rows=4, device=DEVICE)
     table = GpuRequestTable(sizes=sizes, params=None)  # type: ignore[arg-type]
     table.block_tables[:] = np.arange(4)[:, None]
     table.block_tables[:3, :BLOCKS] = 50
