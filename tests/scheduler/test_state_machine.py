@@ -12,20 +12,29 @@ from octavo.types import FinishReason
 from tests.scheduler.driver import Driver
 
 # Half of them begin as others do, so that what was evicted is asked for again.
-_BASES = ([1, 2] * 10, [1, 2, 2, 1, 1] * 4, [2] * 20)
+BASES = ([1, 2] * 10, [1, 2, 2, 1, 1] * 4, [2] * 20)
 PROMPTS = st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20) | st.builds(
-    lambda base, length: base[:length], st.sampled_from(_BASES), st.integers(5, 20)
+    lambda base, length: base[:length], st.sampled_from(BASES), st.integers(5, 20)
 )
-SELDOM = st.sampled_from([False, False, False, True])
+SELDOM = st.sampled_from([False] * 9 + [True])
 CONFIG = st.fixed_dictionaries(
     {
         "block_size": st.sampled_from([1, 2, 4]),
         "budget": st.sampled_from([1, 3, 8, 64]),
-        "caching_and_host_slots": st.sampled_from([(False, 0), (True, 0), (True, 3), (True, 40)]),
+        "caching": st.sampled_from([True, True, False]),
         "max_inflight": st.sampled_from([1, 2, 2, 3]),
         "max_num_seqs": st.sampled_from([1, 3, 6]),
         "scheduling_policy": st.sampled_from(["fcfs", "priority"]),
         "long_prefill_token_threshold": st.sampled_from([0, 0, 3]),
+    }
+)
+HOST_TIER_CONFIG = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([1, 2]),
+        "budget": st.sampled_from([8, 64]),
+        "num_host_slots": st.sampled_from([2, 8, 60]),
+        "max_inflight": st.sampled_from([1, 2, 2, 3]),
+        "max_num_seqs": st.sampled_from([1, 3]),
     }
 )
 # A few seeds, so that requests also share what they generate; tokens 0-30 of 97 stop half of them.
@@ -54,15 +63,12 @@ class Life(RuleBasedStateMachine):
     def start(self, config: dict[str, Any], num_spare_blocks: int) -> None:
         max_model_len = 24
         num_blocks = max_model_len // int(str(config["block_size"])) + num_spare_blocks
-        caching, num_host_slots = config.pop("caching_and_host_slots")
         self.failing: dict[str, str] = {}
         self.failing_steps: set[int] = set()
         self.num_damages = 0
         self.d = Driver(
             num_blocks=num_blocks,
             max_model_len=max_model_len,
-            caching=caching,
-            num_host_slots=num_host_slots,
             executor={"fail_requests": self.failing, "fail_steps": self.failing_steps},
             **config,
         )
@@ -98,6 +104,17 @@ class Life(RuleBasedStateMachine):
         for i in range(num_forks):
             parent = f"r{len(self.d.requests) - 1}" if is_chain else first
             self.submit(**request, **{**params, "seed": 10 + i}, fork_of=parent)
+
+    @precondition(lambda self: bool(self.d.requests))
+    @rule(data=st.data(), num_steps=st.integers(0, 10))
+    def ask_again(self, data: st.DataObject, num_steps: int) -> None:
+        """The same prompt once more, or it and what was generated, as in a conversation."""
+        earlier = data.draw(st.sampled_from(sorted(self.d.requests)))
+        request = self.d.requests[earlier]
+        prompt = [*request.prompt_token_ids, *self.d.tokens[earlier]][:22]
+        self.submit(prompt=prompt, cache_salt=request.cache_salt, max_tokens=3, seed=7)
+        for _ in range(num_steps):
+            self.step()
 
     @rule()
     def step(self) -> None:
@@ -160,5 +177,30 @@ class Life(RuleBasedStateMachine):
                 assert named == alone
 
 
+class LifeWithHostTier(Life):
+    """The same, where most of what comes was there before, and is on the host by now."""
+
+    @initialize(config=HOST_TIER_CONFIG, num_spare_blocks=st.integers(0, 2))
+    def start(self, config: dict[str, Any], num_spare_blocks: int) -> None:
+        super().start(config, num_spare_blocks)
+        for base in BASES:
+            self.submit(prompt=base, max_tokens=4, seed=7)
+
+    @rule(
+        base=st.sampled_from(BASES),
+        length=st.integers(8, 20),
+        num_steps=st.integers(0, 4),
+        params=PARAMS,
+    )
+    def come_back(
+        self, base: list[int], length: int, num_steps: int, params: dict[str, Any]
+    ) -> None:
+        self.submit(prompt=base[:length], **params)
+        for _ in range(num_steps):
+            self.step()
+
+
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLifeWithHostTier = LifeWithHostTier.TestCase
+TestLifeWithHostTier.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
