@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import engine_figures
+
 # Of the run in which the targets were set: one H100 80GB HBM3.
 H100_COPY_TB_S = 3.03
 H100_MATMUL_TFLOP_S = 680.0
@@ -186,6 +188,10 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     if "error" in row:
         return (row["op"], row["case"], "-", "-", "-", str(row["error"])[:90], "", "FAILED")
+    if "skipped" in row:
+        return (row["op"], row["case"], "-", "-", "-", str(row["skipped"])[:90], "", "skipped")
+    if "value" in row:
+        return engine_figures.cells(row)
     by_unit = "TFLOP/s" if row.get("bound by") == "TFLOP/s" or "TB/s" not in row else "TB/s"
     rate = f"{row[by_unit]:.3g} {by_unit}" if by_unit in row else ""
     beside = ", ".join(f"{name} {time['us']:.1f}" for name, time in row["baselines"].items())

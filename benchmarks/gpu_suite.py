@@ -1,8 +1,11 @@
-"""Everything a GPU has to tell in one command: tests, ceilings, every kernel beside its rivals.
+"""Everything a GPU has to tell: tests, ceilings, every kernel beside its rivals; and the engine.
 
     OUT=results python -m benchmarks.gpu_suite [--short] [--only SECTION ...]
+    OUT=results python -m benchmarks.gpu_suite --only engine
 
-Under nine minutes, under three with --short; needs no network and none of the HTTP packages. Every
+Either under nine minutes, under three with --short; needs no network, and of the HTTP packages
+only what its last section, a server, does not run without. "kernels" and "engine" name groups of
+sections; without --only there are the tests and the kernels. Every
 section is a process of its own with a time limit, so that a crash costs one section. Rows come to
 $OUT/gpu_suite.jsonl as they are measured, what sections print to $OUT/gpu_suite.log, the tests'
 output to $OUT/gpu_tests.log; $OUT/roofline.png is drawn where matplotlib is installed.
@@ -54,7 +57,16 @@ SECTIONS = (
     Section("sampling", "gpu_sampling", 50, 30),
     Section("quant", "gpu_quant", 50, 0),
     Section("warm", "gpu_warm", 60, 0, calls_ops=False),
+    Section("engine_8b", "gpu_engine", 120, 0, calls_ops=False),
+    Section("engine_06b", "gpu_engine", 110, 75, calls_ops=False),
+    Section("bits", "gpu_engine", 90, 0, calls_ops=False),
+    Section("serving", "gpu_serving", 110, 0, calls_ops=False),
 )
+_ENGINE = ("engine_8b", "engine_06b", "bits", "serving")
+GROUPS = {
+    "kernels": [section.name for section in SECTIONS if section.name not in _ENGINE],
+    "engine": list(_ENGINE),
+}
 TESTS = "tests"
 TESTS_LIMIT_S, TESTS_SHORT_LIMIT_S = 270, 60
 WHOLE_LIMIT_S, WHOLE_SHORT_LIMIT_S = 530, 175
@@ -138,11 +150,13 @@ def run_one(name: str, rows: Path, *, is_short: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = [TESTS, *(section.name for section in SECTIONS)]
+    names = [TESTS, *GROUPS, *(section.name for section in SECTIONS)]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="fewer cases, under three minutes")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION")
-    parser.add_argument("--section", choices=names[1:], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=[TESTS, "kernels"], metavar="SECTION"
+    )
+    parser.add_argument("--section", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     return parser
 
@@ -160,11 +174,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for old in (rows, out / "gpu_suite.log"):
         old.unlink(missing_ok=True)
     is_short = arguments.short
+    names = [name for word in arguments.only for name in GROUPS.get(word, [word])]
     deadline = time.monotonic() + (WHOLE_SHORT_LIMIT_S if is_short else WHOLE_LIMIT_S)
     verdicts = {}
-    if TESTS in arguments.only:
+    if TESTS in names:
         verdicts[TESTS] = run_tests(out / "gpu_tests.log", is_short=is_short)
-    verdicts |= run_sections(arguments.only, out, is_short=is_short, deadline=deadline)
+    verdicts |= run_sections(names, out, is_short=is_short, deadline=deadline)
     print(table(read_rows(rows)))
     if importlib.util.find_spec("matplotlib") is not None:
         roofline.main([str(rows), "--out", str(out / "roofline.png")])
