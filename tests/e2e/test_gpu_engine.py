@@ -1,4 +1,4 @@
-"""The GPU's engine as users meet it, in Triton's interpreter: offline, and as a server."""
+"""The GPU engine for users: offline and as a server in Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from octavo.models import load_model
 from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.gpu import model_shape
 from octavo_kernels import launches, parallel
+from octavo_kernels.compile_count import num_compiled
 from octavo_kernels.launch import recording
 from tests.e2e.conftest import Server, start_server
 
-if torch.cuda.is_available():
-    pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"
+)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,6 +83,7 @@ def generated(checkpoint: Path, **options: Any) -> list[list[int]]:
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
+@interpreted
 def test_offline_tokens_are_the_cpus(checkpoint: Path, expected: list[list[int]]) -> None:
     assert all(len(set(tokens)) > 2 for tokens in expected), "tokens that depend on the prompt"
     with recording() as keys:
@@ -123,6 +126,7 @@ def complete(server: Server, prompt: list[int]) -> dict[str, Any]:
     return found
 
 
+@interpreted
 def test_a_server_serves_the_same(gpu_server: Server, expected: list[list[int]]) -> None:
     log = gpu_server.log.read_text()
     assert "float32 on CPU, in Triton's interpreter" in log
@@ -137,3 +141,31 @@ def test_a_server_serves_the_same(gpu_server: Server, expected: list[list[int]])
     assert gpu_server.metric(how) == num_requests * NUM_TOKENS
     assert gpu_server.metric("octavo:graphs_captured_total") > 0
     assert gpu_server.metric("octavo:kernel_compiles_after_ready_total") == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tokens_are_the_cpus_and_nothing_is_compiled_after_ready(
+    checkpoint: Path, expected: list[list[int]]
+) -> None:
+    """Kernel by kernel, then by graphs, with parameters of all kinds beside."""
+    llm = LLM(str(checkpoint), dtype="float32", device="cuda", max_num_seqs=8)
+    before = num_compiled()
+    greedy = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    others = [
+        {"temperature": 1.0, "seed": 5, "top_p": 0.9, "max_tokens": 9, "logprobs": 3},
+        {"temperature": 0.7, "seed": 6, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2},
+        {"seed": 7, "logit_bias": {4: 2.0}, "bad_words": ["a"], "prompt_logprobs": 2},
+        {"seed": 8, "n": 3, "frequency_penalty": 0.5, "min_tokens": 3},
+    ]
+    prompts = [*PROMPTS, *([7] * length for length in (1, 20, 33, 40))]
+
+    def answers() -> list[list[int]]:
+        found = llm.generate(prompts, [greedy, greedy, *others])
+        return [list(output.token_ids) for answer in found for output in answer.outputs]
+
+    eager = answers()
+    assert eager[: len(expected)] == expected
+    while llm._core.use_idle_time():
+        pass
+    assert answers() == eager, "graphs give the same bits"
+    assert num_compiled() == before

@@ -146,9 +146,10 @@ def _unlisted(found: list[Launch], spec: ModelSpec) -> set[tuple[str, object]]:
     return {(launch.name, launch.key) for launch in found if launch.key not in listed}
 
 
+@pytest.mark.parametrize("context", [7000, 131072])
 @pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
-def test_a_served_mix_launches_what_is_listed(config: dict[str, object]) -> None:
-    spec = parse_config(config)
+def test_a_served_mix_launches_what_is_listed(config: dict[str, object], context: int) -> None:
+    spec = parse_config({**config, "max_position_embeddings": context})
     runner, graphs, plan = _engine(spec)
     with collecting() as found:
         startup.warm(
@@ -167,8 +168,9 @@ def test_a_served_mix_launches_what_is_listed(config: dict[str, object]) -> None
     assert not _unlisted(found, spec)
 
 
-def test_graphs_launch_what_is_listed() -> None:
-    spec = parse_config(QWEN3)
+@pytest.mark.parametrize("context", [500, 8192, 40960])
+def test_graphs_launch_what_is_listed(context: int) -> None:
+    spec = parse_config({**QWEN3, "max_position_embeddings": context})
     _, graphs, plan = _engine(spec)
     assert plan.graphs == GraphSizes.of((1, 2, 8, 64, 256, 512), 256, 8192)
     keys = [*plan.graphs.keys(), *plan.graphs.shared_keys()]
