@@ -90,12 +90,15 @@ class OfflineEngine:
         from octavo.engine.build import build_engine
 
         given = {"model": str(folder), "load_format": "dummy", "device": "cuda", **options}
-        parts = []
-        for config in (ModelConfig, CacheConfig, SchedulerConfig):
+
+        def part(config: type[Any]) -> Any:
             names = [each.name for each in dataclasses.fields(config)]
-            parts.append(config(**{name: given.pop(name) for name in names if name in given}))
+            return config(**{name: given.pop(name) for name in names if name in given})
+
+        self.config = EngineConfig(
+            model=part(ModelConfig), cache=part(CacheConfig), scheduler=part(SchedulerConfig)
+        )
         assert not given, f"no such options: {given}"
-        self.config = EngineConfig(model=parts[0], cache=parts[1], scheduler=parts[2])
         self.spec = parse_config(json.loads((folder / "config.json").read_text()))
         self.core, self.info = build_engine(self.config)
         self.counts: dict[str, int] = {}  # of `WorkerStats`, and preemptions, since the start

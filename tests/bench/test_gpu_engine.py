@@ -163,7 +163,7 @@ def test_groups_of_sections(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         return {}
 
     monkeypatch.setattr(gpu_suite, "run_sections", run_sections)
-    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("OUT", str(tmp_path))
     gpu_suite.main(["--only", "engine", "fused"])
     assert ran == ["engine_8b", "engine_06b", "bits", "serving", "fused"]

@@ -58,11 +58,13 @@ TINY = parse_config(
 def config(**options: Any) -> EngineConfig:
     """Options by name, whichever component has them; few graphs, so that plans are quick."""
     options = {"max_cudagraph_capture_size": 8, **options}
-    parts = []
-    for part in (ModelConfig, CacheConfig, SchedulerConfig):
-        names = part.__dataclass_fields__
-        parts.append(part(**{name: options[name] for name in options if name in names}))
-    return EngineConfig(model=parts[0], cache=parts[1], scheduler=parts[2])
+
+    def part(kind: type[Any]) -> Any:
+        return kind(**{n: options[n] for n in options if n in kind.__dataclass_fields__})
+
+    return EngineConfig(
+        model=part(ModelConfig), cache=part(CacheConfig), scheduler=part(SchedulerConfig)
+    )
 
 
 def plan(spec: ModelSpec, gib: float, **options: Any) -> MemoryPlan:
