@@ -126,13 +126,14 @@ def _levels(names: Places, depths: Places) -> list[_Level]:
         name = names[places, len(levels)]
         order = np.argsort(name)
         name = name[order]
-        starts = np.flatnonzero(np.concatenate([[True], name[1:] != name[:-1]]))
-        sizes = np.diff(starts, append=len(name))
+        ends = (name[1:] != name[:-1]).nonzero()[0] + 1
+        edges = np.concatenate([[0], ends, [len(name)]])
+        sizes = edges[1:] - edges[:-1]
         is_shared = sizes > 1
         if not is_shared.any():
             break
         order = order[np.repeat(is_shared, sizes)]
-        starts, sizes = starts[is_shared], sizes[is_shared]
+        sizes = sizes[is_shared]
         places, parents = places[order], parents[order]
         clusters = np.repeat(np.arange(len(sizes)), sizes)
         first = np.cumsum(sizes) - sizes

@@ -89,10 +89,13 @@ class PrefixSharing:
 
     def _put(self, groups: PrefixGroups, upload: Upload) -> None:
         """Whole columns: places of padding share nothing."""
-        unused = self._max_groups - len(groups.partitions)
         rows = np.zeros(len(self._request_partitions), np.int32)
         rows[: len(groups.request_partitions)] = groups.request_partitions
+        starts = np.full(self._max_groups + 1, len(groups.members), np.int32)
+        starts[: len(groups.starts)] = groups.starts
+        partitions = np.zeros(self._max_groups, np.int32)
+        partitions[: len(groups.partitions)] = groups.partitions
         upload.put("prefix_request_partitions", 0, rows)
         upload.put("prefix_members", 0, groups.members)
-        upload.put("prefix_starts", 0, np.pad(groups.starts, (0, unused), mode="edge"))
-        upload.put("prefix_partitions", 0, np.pad(groups.partitions, (0, unused)))
+        upload.put("prefix_starts", 0, starts)
+        upload.put("prefix_partitions", 0, partitions)
