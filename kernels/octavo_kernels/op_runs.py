@@ -35,10 +35,10 @@ def _block_copy(scene: Scene) -> None:
 
 
 def _block_move(scene: Scene) -> None:
-    from octavo_kernels.block_move import gpu
+    from octavo_kernels.block_move import gpu, slot_words
 
     caches = scene.caches()
-    slot = scene.ints([0] * (gpu.slot_words(caches)), torch.int64)
+    slot = scene.ints([0] * slot_words(caches), torch.int64)
     for to_slots in (False, True):
         gpu.block_move(
             caches,
