@@ -23,7 +23,7 @@ def choose_device(wanted: str) -> DeviceKind:
     """What ``--device`` comes to here. Raises ValueError where it cannot be had.
 
     ``auto`` is a GPU if there is one that can be used. Without one, ``cuda`` runs in Triton's
-    interpreter if TRITON_INTERPRET is set, as tests do.
+    interpreter if TRITON_INTERPRET is set, as tests do. The first to use CUDA in a process.
     """
     if wanted == "cpu":
         return DeviceKind.CPU
@@ -51,12 +51,24 @@ def is_interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def _hold_cublas() -> None:
+    """Keeps cuBLAS to the same bits. Behind another user of CUDA in this process it cannot be kept
+    to them, and gets no products, which is slower."""
+    from octavo_kernels.matmul import cublas  # lazy: numba, which a CPU's start has a phase for
+
+    try:
+        cublas.hold_to_same_bits()
+    except RuntimeError as error:
+        _log.warning("large matrix products run on our own kernels alone: %s", error)
+
+
 def _problem() -> str | None:
     """Why the CUDA device that is there cannot be used."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'octavo[gpu]')"
     if is_interpreting():
         return "TRITON_INTERPRET is set, which is for machines without a GPU"
+    _hold_cublas()  # before the next line, which makes CUDA's context
     capability = torch.cuda.get_device_capability()
     if capability < _NEEDED:
         name = torch.cuda.get_device_name()

@@ -18,6 +18,7 @@ from octavo.worker.devices import DeviceKind, choose_device
 from octavo.worker.gpu import startup
 from octavo.worker.gpu.graphs import GraphSizes
 from octavo.worker.gpu.kv_transfer import GpuTransfer
+from octavo_kernels.matmul import cublas
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +31,19 @@ def threads_as_before() -> Iterator[None]:
 # ---- which device ------------------------------------------------------------------------------
 
 
-def _with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+def _with_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> list[str]:
+    """What is done on it, in order."""
+    done: list[str] = []
+
+    def get_device_capability() -> tuple[int, int] | None:
+        done.append("context")
+        return capability
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    monkeypatch.setattr(cublas, "hold_to_same_bits", lambda: done.append("hold"))
+    return done
 
 
 @pytest.mark.parametrize(
@@ -78,6 +88,22 @@ def test_a_gpu_that_cannot_be_used_is_refused(
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interprets)))
     with pytest.raises(ValueError, match=message):
         choose_device("cuda")
+
+
+def test_cublas_is_held_before_cuda_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = _with_gpu(monkeypatch, (9, 0))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert choose_device("auto") is DeviceKind.CUDA
+    assert done == ["hold", "context"]
+
+    def too_late() -> None:
+        raise RuntimeError("CUDA is in use")
+
+    monkeypatch.setattr(cublas, "hold_to_same_bits", too_late)
+    assert choose_device("cuda") is DeviceKind.CUDA
+    assert "run on our own kernels alone: CUDA is in use" in caplog.text
 
 
 def test_without_triton_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

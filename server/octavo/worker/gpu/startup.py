@@ -64,8 +64,7 @@ def set_threads(wanted: int | None) -> None:
 
 
 def start_device(*, is_interpreted: bool) -> GpuDevice:
-    """Makes the CUDA context, or the interpreter's stand-in. The first in its process to do so
-    keeps cuBLAS to the same bits; behind another it is not used, which is slower."""
+    """Makes the CUDA context, or the interpreter's stand-in."""
     if is_interpreted:
         return GpuDevice(
             runtime=HostRuntime(),
@@ -74,10 +73,6 @@ def start_device(*, is_interpreted: bool) -> GpuDevice:
             free_bytes=_INTERPRETED_BYTES,
             is_interpreted=True,
         )
-    try:
-        cublas.hold_to_same_bits()
-    except RuntimeError as error:
-        _log.warning("large matrix products run on our own kernels alone: %s", error)
     torch.cuda.set_device(torch.cuda.current_device())  # makes its context
     free, total = torch.cuda.mem_get_info()
     return GpuDevice(
@@ -223,6 +218,7 @@ def make_runner(
     return runner, graphs
 
 
+@torch.inference_mode()
 def warm(runner: GpuRunner, graphs: StepGraphs, *, plan: Plan, device: GpuDevice) -> None:
     """Runs the largest step, so that its memory is taken while nobody waits, and a request that
     uses all there is. What it writes to the cache's first blocks is never read.
