@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -237,6 +237,19 @@ def test_surroundings_do_not_change_a_bit(
     if around in ("warm cache", "shared prompt"):
         assert driver.num_hits > 0
     assert (driver.num_replayed > 0) == (around == "graphs")
+    driver.check_that_nothing_leaked()
+
+
+def test_graphs_draw_plain_requests(make_driver: Make, expect: Callable[[str], Outcome]) -> None:
+    """Two of them and padding: an unused place must not append to anyone's tokens."""
+    driver = make_driver(graph_sizes=GraphSizes(decode=(4,), sampling=(4,)))
+    while driver.engine.runner.capture_one():
+        pass
+    seeded = replace(PARAMS["seeded"], logprobs=None)
+    found = driver.run([subject(PARAMS["greedy"], name="greedy"), subject(seeded, name="seeded")])
+    assert driver.num_replayed > 0
+    for kind in found:
+        assert found[kind].tokens == expect(kind).tokens
     driver.check_that_nothing_leaked()
 
 

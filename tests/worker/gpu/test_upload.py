@@ -178,10 +178,8 @@ def test_what_exceeds_a_slot_goes_in_several_copies(seed: int) -> None:
     device = Device(num_words=BatchWords.num_words(NUM_ROWS) + 190, runtime=Runtime())
     for step in range(3):
         for row in range(NUM_ROWS):
-            start = rng.randrange(10)
-            values = [rng.randrange(1000) for _ in range(rng.randint(1, 37 - start))]
-            device.put("tokens", row, values, start=start)
             device.put("seed", row, rng.randrange(-(2**63), 2**63))
+            device.put("tokens", row, [rng.randrange(1000) for _ in range(rng.randint(1, 16))])
         rows = np.array(rng.sample(range(NUM_ROWS), 4))
         lengths = np.array([rng.randint(1, 3) for _ in rows], np.int32)
         flat = np.array([rng.randrange(99) for _ in range(int(lengths.sum()))], np.int32)
@@ -192,8 +190,10 @@ def test_what_exceeds_a_slot_goes_in_several_copies(seed: int) -> None:
         for row, length in zip(rows, lengths, strict=True):
             device.expected["blocks"][row, :length] = torch.from_numpy(flat[at : at + length])
             at += length
-        lists = [[rng.randrange(1000) for _ in range(rng.randint(1, 15))] for _ in range(5)]
+        lists = [[rng.randrange(1000) for _ in range(rng.randint(13, 16))] for _ in range(5)]
         sections = [device.upload.section(np.array(listed, np.int32)) for listed in lists]
+        for row in range(NUM_ROWS):  # with sections, what was staged before is kept apart
+            device.put("tokens", row, [rng.randrange(1000) for _ in range(20)], start=17)
         device.fill(num_requests=step + 1)
         device.upload.send()
         device.check()
