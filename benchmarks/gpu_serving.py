@@ -7,12 +7,9 @@ missing, the row says so.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
-import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -118,7 +115,8 @@ def _serving(folder: Path, load: Load, shape: str, emit: Emit) -> Iterator[int]:
     command += ["--device", "cuda", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--disable-uvicorn-access-log", *load.options, *load.flags]
     began = time.time()
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    # In this process's group, so that it ends with a section that is stopped.
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         while not _is_ready(port):
             if process.poll() is not None:
@@ -129,12 +127,11 @@ def _serving(folder: Path, load: Load, shape: str, emit: Emit) -> Iterator[int]:
         emit(figure("HTTP ready", shape, time.time() - began, "s"))
         yield port
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # its engine ends with it
             process.wait()
 
 
