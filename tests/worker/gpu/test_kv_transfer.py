@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from octavo.attention.base import KVLayer
-from octavo.types import BlockMove, SchedulerOutput
+from octavo.clock import VirtualClock
+from octavo.config import SchedulerConfig
+from octavo.engine.core import EngineCore
+from octavo.kvcache.manager import KVCacheManager
+from octavo.models import Model
+from octavo.scheduler.scheduler import Scheduler
+from octavo.types import (
+    BlockMove,
+    EngineOutput,
+    EngineRequest,
+    SamplingParams,
+    SchedulerOutput,
+)
 from octavo.worker.gpu import kv_transfer
+from octavo.worker.gpu.executor import GpuExecutor
 from octavo.worker.gpu.kv_transfer import GpuTransfer
 from octavo.worker.gpu.runtime import HostRuntime
 from octavo.worker.kv_transfer import CPUTransfer
+from tests.worker.gpu.conftest import DEVICE, Engine, make_runtime
+from tests.worker.gpu.test_gpu_engine import quick_sampling  # noqa: F401  (used by its name)
+from tests.worker.gpu.toy_model import ToyModel
 
 SHAPE = (6, 2, 16, 16)  # blocks, heads, tokens, dimensions
 
@@ -109,6 +128,75 @@ def test_host_memory_is_pinned_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     transfer.apply(step(saves=(move(0, 4, 1),))).damaged()
     transfer.apply(step(loads=(move(1, 4, 1),))).damaged()
     assert torch.equal(block_bits(layers, 1), before)
+
+
+# ---- a whole engine ---------------------------------------------------------------------------
+
+
+def prompt_of(first: int) -> tuple[int, ...]:
+    """Two full blocks and a few tokens."""
+    return tuple(20 + (first * 31 + 7 * i + i * i) % 70 for i in range(35))
+
+
+@dataclass
+class Turns:
+    """A GPU engine with a host tier, asked one request after the other."""
+
+    core: EngineCore
+    kv: KVCacheManager
+    transfer: GpuTransfer
+    num_damaged: int = 0
+
+    def ask(self, name: str, first: int) -> list[EngineOutput]:
+        asked = EngineRequest(
+            request_id=name,
+            prompt_token_ids=prompt_of(first),
+            params=SamplingParams(max_tokens=3, temperature=0.0),
+        )
+        self.core.add_request(asked)
+        outputs: list[EngineOutput] = []
+        while self.core.has_work:
+            news = self.core.step()
+            assert news.stats is not None
+            self.num_damaged += news.stats.damaged_blocks
+            outputs += news.outputs
+        return outputs
+
+
+def tokens(outputs: list[EngineOutput]) -> list[int]:
+    return [token for output in outputs for token in output.new_token_ids]
+
+
+@pytest.fixture
+def turns(make_engine: Callable[..., Engine], gpu_model: Model) -> Turns:
+    toy: Any = ToyModel(gpu_model.spec, device=DEVICE)
+    runtime = make_runtime(can_capture=False)
+    engine = make_engine(using=toy, runtime=runtime, num_blocks=4, max_model_len=64, max_num_seqs=2)
+    transfer = GpuTransfer(engine.kv.layers, num_slots=8, runtime=runtime)
+    engine.runner._transfer = transfer
+    kv = KVCacheManager(4, block_size=16, num_host_slots=8, check_invariants=True)
+    scheduler = Scheduler(
+        SchedulerConfig(max_num_seqs=2), kv=kv, max_model_len=64, max_num_batched_tokens=64
+    )
+    core = EngineCore(scheduler, GpuExecutor(engine.runner), VirtualClock(), max_inflight=2)
+    return Turns(core, kv, transfer)
+
+
+def test_an_engine_gets_its_evicted_blocks_back(turns: Turns) -> None:
+    first = turns.ask("a", 0)
+    turns.ask("other", 1)
+    turns.ask("another", 2)
+    again = turns.ask("a", 0)
+    assert again[-1].num_cached_tokens == 32
+    assert tokens(again) == tokens(first)
+    turns.ask("other", 1)
+    turns.ask("another", 2)
+    key = turns.kv.new_table(prompt_of(0)).keys[0]
+    turns.transfer.slots[turns.kv.tier.slots[key]][3] ^= 1
+    damaged = turns.ask("a", 0)
+    assert turns.num_damaged == 1
+    assert damaged[-1].num_cached_tokens == 0
+    assert tokens(damaged) == tokens(first)
 
 
 @pytest.mark.gpu
