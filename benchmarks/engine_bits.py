@@ -45,14 +45,14 @@ _FULL = Scale(
     few_blocks=275,
 )
 _TINY = Scale(
-    prompt_lens=(10, 25, 40),
-    output_len=12,
-    num_others=3,
-    other_len=20,
-    options={"max_model_len": 64, "max_num_seqs": 8},
+    prompt_lens=(5, 14, 30),
+    output_len=4,
+    num_others=2,
+    other_len=10,
+    options={"max_model_len": 64, "max_num_seqs": 6, "max_num_batched_tokens": 32},
     chunk=8,
-    few_seqs=4,
-    few_blocks=7,
+    few_seqs=3,
+    few_blocks=4,
 )
 
 

@@ -57,10 +57,10 @@ SECTIONS = (
     Section("sampling", "gpu_sampling", 50, 30),
     Section("quant", "gpu_quant", 50, 0),
     Section("warm", "gpu_warm", 60, 0, calls_ops=False),
-    Section("engine_8b", "gpu_engine", 120, 0, calls_ops=False),
-    Section("engine_06b", "gpu_engine", 110, 75, calls_ops=False),
+    Section("engine_8b", "gpu_engine", 170, 0, calls_ops=False),
+    Section("engine_06b", "gpu_engine", 140, 100, calls_ops=False),
     Section("bits", "gpu_engine", 90, 0, calls_ops=False),
-    Section("serving", "gpu_serving", 110, 0, calls_ops=False),
+    Section("serving", "gpu_serving", 120, 0, calls_ops=False),
 )
 _ENGINE = ("engine_8b", "engine_06b", "bits", "serving")
 GROUPS = {
