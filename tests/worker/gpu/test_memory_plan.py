@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +270,26 @@ def test_a_tally_knows_views_and_ends() -> None:
         assert memory.allocated == 4 * MIB
         del part
     assert memory.allocated == 0 and memory.peak == 4 * MIB and tally.asked == 4 * MIB
+
+
+@pytest.mark.gpu
+def test_the_real_allocator_keeps_the_same_rules() -> None:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    if torch.cuda.memory_reserved():
+        pytest.skip("memory that another test left alive is not known to the model")
+    rng, memory = random.Random(0), CachingAllocator()
+    alive: list[tuple[torch.Tensor, Callable[[], None]]] = []
+    for _ in range(600):
+        if len(alive) > 20 or (alive and rng.random() < 0.4):
+            tensor, free = alive.pop(rng.randrange(len(alive)))
+            del tensor
+            free()
+        else:
+            size = rng.choice((300, 70_000, MIB, 3 * MIB, 9 * MIB, 17 * MIB, 90 * MIB))
+            size = rng.randint(size // 2, size)
+            tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
+            alive.append((tensor, memory.allocate(size)))
+            del tensor
+        assert torch.cuda.memory_allocated() == memory.allocated
+        assert torch.cuda.memory_reserved() == memory.reserved
