@@ -136,6 +136,9 @@ class StepGraphs:
         self._missing: dict[GraphKey, bool] = dict.fromkeys(reversed(sizes.keys()), False)
         self._unasked: set[GraphKey] = set(sizes.shared_keys())
         self._work_of: Callable[[GraphKey], Callable[[], None]] | None = None
+        # What was asked for before: there are as many as a step has sizes.
+        self._forward_candidates: dict[tuple[int, bool, bool], list[ForwardKey]] = {}
+        self._sampling_candidates: dict[int, list[SamplingKey]] = {}
         self._next_wanted_at = self._next_other_at = 0.0
         self._num_replayed = self._num_eager = self._num_captured = 0
         self._num_compiled = num_compiled()
@@ -162,12 +165,9 @@ class StepGraphs:
         """
         # With one token each there are as many requests; a mixed graph has room for no more.
         assert num_requests <= num_tokens
-        sizes = self._sizes.decode if is_decode else self._sizes.mixed
-        candidates = [ForwardKey(size, is_decode) for size in _fitting(sizes, num_tokens)]
-        key = self._captured(candidates)
+        key = self._captured(self._candidates(num_tokens, is_decode, False))
         if shares_prefixes and is_decode:
-            sizes = _fitting(self._sizes.shared, num_tokens)
-            key = self._captured([ForwardKey(size, True, True) for size in sizes]) or key
+            key = self._captured(self._candidates(num_tokens, True, True)) or key
         if key is None:
             self._num_eager += 1
         else:
@@ -176,8 +176,23 @@ class StepGraphs:
 
     def sampling_key(self, num_samples: int) -> SamplingKey | None:
         """As `forward_key`, of rows that are sampled without logit parameters or logprobs."""
-        sizes = _fitting(self._sizes.sampling, num_samples)
-        return self._captured([SamplingKey(size) for size in sizes])
+        candidates = self._sampling_candidates.get(num_samples)
+        if candidates is None:
+            sizes = _fitting(self._sizes.sampling, num_samples)
+            candidates = [SamplingKey(size) for size in sizes]
+            self._sampling_candidates[num_samples] = candidates
+        return self._captured(candidates)
+
+    def _candidates(self, num_tokens: int, is_decode: bool, is_shared: bool) -> list[ForwardKey]:
+        """Graphs that may serve, nearest first."""
+        wanted = num_tokens, is_decode, is_shared
+        found = self._forward_candidates.get(wanted)
+        if found is None:
+            unshared = self._sizes.decode if is_decode else self._sizes.mixed
+            sizes = _fitting(self._sizes.shared if is_shared else unshared, num_tokens)
+            found = [ForwardKey(size, is_decode, is_shared) for size in sizes]
+            self._forward_candidates[wanted] = found
+        return found
 
     def replay(self, key: GraphKey) -> None:
         """Launches the graph that `forward_key` or `sampling_key` named."""

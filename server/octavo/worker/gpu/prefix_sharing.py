@@ -56,14 +56,17 @@ class PrefixSharing:
 
     def stage(self, batch: StepBatch, upload: Upload) -> bool:
         """Stages what the batch's requests share; whether that is enough to pay."""
-        if not self._max_groups or not self._max_partitions:
+        if not self._max_groups or not self._max_partitions or len(batch.rows) < 2:
+            return False
+        if batch.seq_lens.max() <= self._partition:
             return False
         # Whole partitions before the last token, of requests that decode.
         depths = np.minimum((batch.seq_lens - 1) // self._partition, self._max_partitions)
         depths = np.where(batch.seq_lens - batch.starts == 1, depths, 0).astype(np.int64)
         if np.count_nonzero(depths) < 2:
             return False
-        if np.array_equal(depths, self._depths) and np.array_equal(batch.serials, self._serials):
+        is_same = batch.serials is self._serials or np.array_equal(batch.serials, self._serials)
+        if is_same and np.array_equal(depths, self._depths):
             return self._is_shared
         self._serials, self._depths = batch.serials, depths
         groups = find_groups(

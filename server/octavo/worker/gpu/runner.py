@@ -206,6 +206,8 @@ class GpuRunner:
 
     def _score_prompts(self, batch: StepBatch) -> Sequence[_PromptScores]:
         """The token at position p + 1 is scored by the hidden row of p, inside the prompt only."""
+        if not self._table.scored_rows:
+            return ()
         num_best = self._table.num_prompt_scores[batch.rows]
         found = []
         for place in np.flatnonzero(num_best >= 0).tolist():
@@ -227,10 +229,12 @@ class GpuRunner:
 
     # ---- graphs -------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def capture_if_due(self) -> bool:
         """After a launch: captures one more graph, should it be time to; whether it did."""
-        return self._graphs.after_launch()
+        if not self._graphs.num_missing:
+            return False
+        with torch.inference_mode():
+            return self._graphs.after_launch()
 
     @torch.inference_mode()
     def capture_one(self) -> bool:

@@ -117,6 +117,10 @@ class GpuSampler:
         self._is_edited = np.zeros(num_rows, np.bool_)
         self._is_counted = np.zeros(num_rows, np.bool_)
         self._num_best = np.full(num_rows, -1, np.int32)  # negative: no log-probabilities wanted
+        self._special_rows: set[int] = set()  # edited, or with log-probabilities wanted
+        # Tokens and status in host memory that results were brought to, by its address, which it
+        # keeps as long as it is in here.
+        self._landed: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]] = {}
 
     def set_row(self, row: int, params: SamplingParams, upload: Upload) -> None:
         """Takes over the parameters of the request that now has the row, whose tokens go to the
@@ -136,15 +140,22 @@ class GpuSampler:
         self._is_edited[row] = is_edited
         self._is_counted[row] = False
         self._num_best[row] = -1 if params.logprobs is None else params.logprobs
+        if is_edited or params.logprobs is not None:
+            self._special_rows.add(row)
+        else:
+            self._special_rows.discard(row)
 
     def clear_row(self, row: int) -> None:
         """Forgets the row's request."""
         self._lists.set(row, NO_LISTS)
         self._is_edited[row] = False
         self._num_best[row] = -1
+        self._special_rows.discard(row)
 
     def is_plain(self, rows: Rows) -> bool:
         """Whether no row has parameters that change logits or wants log-probabilities."""
+        if not self._special_rows:
+            return True
         return not (self._is_edited[rows].any() or (self._num_best[rows] >= 0).any())
 
     def stage(self, rows: Rows, upload: Upload) -> StagedSamples:
@@ -208,12 +219,15 @@ class GpuSampler:
 
     def read(self, pending: PendingSamples) -> Sampled:
         """A step's results; its work has come to its end before. Tokens of failed rows are -1."""
-        max_num_seqs = self._sizes.max_num_seqs
-        tokens, status = split_results(pending.results, max_num_seqs=max_num_seqs)
+        address = pending.results.data_ptr()
+        if address not in self._landed:
+            landed = split_results(pending.results, max_num_seqs=self._sizes.max_num_seqs)
+            self._landed[address] = landed[0].numpy(), landed[1].numpy()
+        tokens, status = self._landed[address]
         token_ids: list[int] = tokens[: pending.num_samples].tolist()
-        codes = status[: pending.num_samples].numpy()
+        codes = status[: pending.num_samples]
         errors = {
-            row: STATUS_MESSAGES[int(codes[row])] for row in np.flatnonzero(codes != OK).tolist()
+            row: STATUS_MESSAGES[int(codes[row])] for row in (codes != OK).nonzero()[0].tolist()
         }
         self._landings.give_back(pending.results)
         logprobs: dict[int, TokenLogprobs] = {}

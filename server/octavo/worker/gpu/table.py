@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from octavo.worker.gpu.upload import Upload
 
 Ints = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
+Int = TypeVar("Int", np.int32, np.int64)
 
 _log = logging.getLogger(__name__)
 
@@ -82,10 +83,17 @@ class GpuRequestTable:
         self.serials = np.full(num_rows, -1, np.int64)
         # How many likely tokens to tell of each prompt position; negative: no scores wanted.
         self.num_prompt_scores = np.full(num_rows, -1, np.int32)
+        self.scored_rows: set[int] = set()  # those that want any
         self.failed: dict[int, str] = {}  # serial -> message
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._next_serial = 0
+        # Most steps have the requests of the one before, with one token each.
+        self._last_ids: list[str] | None = None
+        self._last_rows: Rows = np.zeros(0, np.int64)
+        self._last_serials: Rows = np.zeros(0, np.int64)
+        self._places = _constant(np.arange(num_rows, dtype=np.int64))
+        self._ends = _constant(np.arange(1, num_rows + 1, dtype=np.int32))
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -107,38 +115,56 @@ class GpuRequestTable:
         """The batch of a step whose diffs are applied; counts it as run."""
         request_ids = list(step.num_scheduled_tokens)
         size = len(request_ids)
-        rows = np.fromiter(map(self._row_of.__getitem__, request_ids), np.int64, size)
-        counts = np.fromiter(step.num_scheduled_tokens.values(), np.int32, size)
+        rows, serials = self._rows_of(request_ids)
         starts = self.num_computed[rows]
         known = self.num_tokens[rows]
-        seq_lens = starts + counts
-        assert (counts > 0).all() and (seq_lens <= known).all(), "scheduled past the known tokens"
+        if set(step.num_scheduled_tokens.values()) == {1}:
+            seq_lens, query_ends, max_query_len = starts + 1, self._ends[:size], 1
+        else:
+            counts = np.fromiter(step.num_scheduled_tokens.values(), np.int32, size)
+            assert counts.min(initial=1) > 0, "scheduled no token"
+            seq_lens, query_ends = starts + counts, np.cumsum(counts, dtype=np.int32)
+            max_query_len = int(counts.max(initial=0))
+        assert not np.count_nonzero(seq_lens > known), "scheduled past the known tokens"
         num_slots = self.num_blocks[rows] * self._block_size
-        assert (seq_lens <= num_slots).all(), "tokens without a block"
-        query_ends = np.cumsum(counts, dtype=np.int32)
-        samples = np.flatnonzero(seq_lens == known)
-        sample_rows = rows[samples]
+        assert not np.count_nonzero(seq_lens > num_slots), "tokens without a block"
+        (samples,) = (seq_lens == known).nonzero()
+        sample_rows, sample_ends, positions = rows, query_ends, known
+        if len(samples) == size:
+            samples = self._places[:size]
+        else:
+            sample_rows, sample_ends, positions = rows[samples], query_ends[samples], known[samples]
         self.num_computed[rows] = seq_lens
-        self.num_tokens[sample_rows] += 1
+        self.num_tokens[sample_rows] = positions + 1
         return StepBatch(
             request_ids=request_ids,
             rows=rows,
-            serials=self.serials[rows],
+            serials=serials,
             starts=starts,
             query_ends=query_ends,
             seq_lens=seq_lens,
             num_tokens=int(query_ends[-1]) if size else 0,
-            max_query_len=int(counts.max(initial=0)),
+            max_query_len=max_query_len,
             samples=samples,
             sample_rows=sample_rows,
-            sample_tokens=query_ends[samples] - 1,
-            sample_positions=known[samples],
+            sample_tokens=sample_ends - 1,
+            sample_positions=positions,
         )
+
+    def _rows_of(self, request_ids: list[str]) -> tuple[Rows, Rows]:
+        """Rows and serials; nobody changes the arrays."""
+        if request_ids != self._last_ids:
+            places = map(self._row_of.__getitem__, request_ids)
+            rows = np.fromiter(places, np.int64, len(request_ids))
+            self._last_ids = request_ids
+            self._last_rows, self._last_serials = _constant(rows), _constant(self.serials[rows])
+        return self._last_rows, self._last_serials
 
     def _add(self, request: NewRequest, upload: Upload) -> None:
         assert self._free_rows, "more live requests than max_num_seqs"
         row = self._free_rows.pop()
         self._row_of[request.request_id] = row
+        self._last_ids = None
         self.serials[row] = self._next_serial
         self._next_serial += 1
         num_tokens, num_blocks = len(request.token_ids), len(request.block_ids)
@@ -149,6 +175,8 @@ class GpuRequestTable:
         self.block_tables[row, :num_blocks] = request.block_ids
         wanted = request.params.prompt_logprobs
         self.num_prompt_scores[row] = -1 if wanted is None else wanted
+        if wanted is not None:
+            self.scored_rows.add(row)
         upload.put("token_ids", row, request.token_ids)
         upload.put("block_tables", row, self.block_tables[row, :num_blocks])
         upload.put("num_prompt_tokens", row, request.num_prompt_tokens)
@@ -177,6 +205,14 @@ class GpuRequestTable:
         row = self._row_of.pop(request_id, None)
         if row is None:
             return
+        self._last_ids = None
+        self.scored_rows.discard(row)
         self.serials[row] = -1
         self._params.clear_row(row)
         self._free_rows.append(row)
+
+
+def _constant(array: npt.NDArray[Int]) -> npt.NDArray[Int]:
+    """The array, which many steps share and none may change."""
+    array.flags.writeable = False
+    return array
