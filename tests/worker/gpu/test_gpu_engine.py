@@ -211,7 +211,7 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
     "crowd": {},
     "small chunks": {"max_num_tokens": 13},
     "warm cache": {},
-    "shared prompt": {},
+    "shared prompt": {"max_inflight": 3},
     "large blocks": {"block_size": 64, "num_blocks": 16},
     "little room in an upload": {"num_words": 560},
     "graphs": {"graph_sizes": GraphSizes(decode=(4, 8), mixed=(16, 64), sampling=(4, 8))},
