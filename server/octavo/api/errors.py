@@ -130,7 +130,9 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(str(error), status=500, kind="server_error", code="request_failed")
     if isinstance(error, EngineDeadError):
         log.error("the engine is dead: %s", error)
-        return UnavailableError(f"The engine is not running: {error}", code="engine_dead")
+        # Not the reason itself, which may name other clients' requests.
+        message = "The engine is not running; the server's log has the reason"
+        return UnavailableError(message, code="engine_dead")
     log.error("unexpected error while answering a request", exc_info=error)
     return ApiError(
         "The server failed to answer; its log has the reason",
