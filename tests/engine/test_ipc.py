@@ -64,9 +64,11 @@ OUTPUTS = frozen(
     new_token_ids=TOKENS,
     new_logprobs=st.lists(LOGPROBS, max_size=2).map(tuple),
     new_prompt_logprobs=st.lists(LOGPROBS, max_size=2).map(tuple),
+    num_cached_tokens=IDS,
     finish_reason=st.none() | st.sampled_from(FinishReason),
     stop_reason=st.none() | IDS,
     error=st.none() | TEXT,
+    is_bad_request=st.booleans(),
     times=st.none() | frozen(RequestTimes, arrival=REALS, queued=REALS, finished=REALS),
 )
 STEPS = frozen(
@@ -90,6 +92,7 @@ def test_steps_round_trip(outputs: EngineOutputs) -> None:
     assert decoded == ipc.Step(outputs)
     assert isinstance(decoded, ipc.Step)
     for output in decoded.outputs.outputs:
+        assert isinstance(output, EngineOutput)
         assert output.finish_reason is None or isinstance(output.finish_reason, FinishReason)
 
 

@@ -51,13 +51,9 @@ def token_logprobs(
     None for a row whose status is not OK.
     """
     columns = zip(chosen, num_best, logprobs, ranks, top_ids, top_logprobs, status, strict=True)
+    new = tuple.__new__  # of every token there is one: half the time of the type's own __new__
     return [
-        TokenLogprobs(
-            token_id=token,
-            logprob=logprob,
-            rank=rank,
-            top=tuple(zip(ids[:best], scores[:best], strict=True)),
-        )
+        new(TokenLogprobs, (token, logprob, rank, tuple(zip(ids[:best], scores, strict=False))))
         if code == OK
         else None
         for token, best, logprob, rank, ids, scores, code in columns
