@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -202,6 +203,26 @@ def test_cublas_runs_only_what_was_proven(monkeypatch: pytest.MonkeyPatch) -> No
     elsewhere = {(torch.device("cuda", 1), 96, 256, torch.float16): {300}}
     monkeypatch.setattr(gpu, "_proven", elsewhere)
     assert not takes(), "another device"
+
+
+def test_what_is_assumed_of_cublas_holds_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start plans memory in one thread while another lists the kernels to be compiled."""
+    monkeypatch.setattr(gpu, "_is_faster_by_cublas", lambda *_: True)
+    x, weight, out = (
+        torch.empty(sizes, dtype=torch.float16, device="meta")
+        for sizes in ((128, 256), (96, 256), (128, 96))
+    )
+
+    def takes() -> bool:
+        return gpu._takes_cublas(x, weight, out, False)
+
+    found: list[bool] = []
+    with gpu.assuming_cublas([(96, 256)], torch.float16, rows=128):
+        other = threading.Thread(target=lambda: found.append(takes()))
+        other.start()
+        other.join()
+        assert takes() and found == [False]
+    assert not takes()
 
 
 def test_embedding_dispatches_by_device_and_refuses() -> None:

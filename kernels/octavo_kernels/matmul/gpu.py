@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -39,6 +40,11 @@ SHARED_BYTES = 227 * 1024  # of a multiprocessor of Hopper
 _CUBLAS_ALIGNMENT = 256
 # Numbers of rows at which this process has seen cuBLAS give the tiles' bits, for weights [N, K]
 _proven: dict[tuple[torch.device, int, int, torch.dtype], set[int]] = {}
+# Weights and numbers of rows for which `assuming_cublas` holds. Of a context, as threads differ:
+# while one plans memory, another lists the kernels to be compiled.
+_assumed: ContextVar[frozenset[tuple[int, int, torch.dtype, int]]] = ContextVar(
+    "assumed", default=frozenset()
+)
 
 
 class _Extras(TypedDict):
@@ -295,13 +301,17 @@ def _is_faster_by_cublas(n: int, k: int, dtype: torch.dtype, bucket: int, gated:
 def _takes_cublas(x: Tensor, weight: Tensor, out: Tensor, gated: bool) -> bool:
     num_rows, k = x.shape
     n, dtype = weight.shape[0], x.dtype
-    if num_rows not in _proven.get((x.device, n, k, dtype), ()) or out.dtype != dtype:
+    if x.is_meta:
+        is_same = (n, k, dtype, num_rows) in _assumed.get()
+    else:
+        is_same = num_rows in _proven.get((x.device, n, k, dtype), ())
+    if not is_same or out.dtype != dtype:
         return False
     if not _is_faster_by_cublas(n, k, dtype, bucket_of(num_rows), gated):
         return False
     if any(tensor.data_ptr() % _CUBLAS_ALIGNMENT for tensor in (x, weight, out)):
         return False
-    if num_rows >= EAGER_CUBLAS_ROWS or x.device.type == "meta":
+    if num_rows >= EAGER_CUBLAS_ROWS or x.is_meta:
         return True
     return torch.cuda.is_current_stream_capturing()
 
@@ -383,14 +393,12 @@ def assuming_cublas(
     shapes: Iterable[tuple[int, int]], dtype: torch.dtype, *, rows: int
 ) -> Iterator[None]:
     """Inside, `linear` on tensors of device "meta" asks for the memory that it would with all of
-    these weights [N, K] proven at that number of rows."""
-    before = dict(_proven)
-    _proven.update({(torch.device("meta"), n, k, dtype): {rows} for n, k in shapes})
+    these weights [N, K] proven at that number of rows; for this thread alone."""
+    token = _assumed.set(frozenset((n, k, dtype, rows) for n, k in shapes))
     try:
         yield
     finally:
-        _proven.clear()
-        _proven.update(before)
+        _assumed.reset(token)
 
 
 def _agrees(x: Tensor, weight: Tensor) -> bool:
