@@ -173,6 +173,7 @@ class Scheduler:
         self._inflight.popleft()
         sampled, logprobs = output.sampled_token_ids, output.logprobs
         chunks = output.prompt_logprobs
+        num_generated = 0
         for request, epoch, start, _, samples in plan.entries:
             if request.epoch != epoch:
                 continue
@@ -181,11 +182,27 @@ class Scheduler:
             if chunks and request_id in chunks:
                 prompt_logprobs = news.undelivered(request, start, chunks[request_id])
             if samples:
+                if request.params.max_tokens == 0:
+                    # Only the prompt was to be computed; what was sampled after it is dropped.
+                    ended = self._end(request, FinishReason.LENGTH, (), (), prompt_logprobs, now)
+                    outputs.append(ended)
+                    continue
                 tokens = sampled.get(request_id, ())
-                new_logprobs = logprobs.get(request_id, ()) if logprobs else ()
-                outputs.append(self._accept(request, tokens, new_logprobs, prompt_logprobs, now))
+                scores = logprobs.get(request_id, ()) if logprobs else ()
+                assert len(tokens) == 1, f"{request_id}: {len(tokens)} tokens where one was due"
+                num_generated += 1
+                reason = request.append(tokens[0])
+                request.last_token_time = now
+                if request.first_token_time == 0.0:
+                    request.first_token_time = now
+                if reason is None:
+                    outputs.append(news.of_running(request, tokens, scores, prompt_logprobs))
+                else:
+                    ended = self._end(request, reason, tokens, scores, prompt_logprobs, now)
+                    outputs.append(ended)
             elif prompt_logprobs:
                 outputs.append(news.of_running(request, (), (), prompt_logprobs))
+        self._live.counters.generation_tokens += num_generated
         if self._kv.check_invariants:
             self.check_invariants()
         return outputs
@@ -251,28 +268,6 @@ class Scheduler:
         for request in live.running.values():
             assert request.num_slots == len(request.table.block_ids) * self._kv.block_size
             assert request.num_computed <= request.num_tokens <= request.limit
-
-    def _accept(
-        self,
-        request: Request,
-        tokens: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...],
-        prompt_logprobs: tuple[TokenLogprobs, ...],
-        now: float,
-    ) -> EngineOutput:
-        """Takes a request's sampled token, and ends the request if that is its last."""
-        if request.params.max_tokens == 0:
-            # Only the prompt was to be computed; what the worker sampled after it is dropped.
-            return self._end(request, FinishReason.LENGTH, (), (), prompt_logprobs, now)
-        assert len(tokens) == 1, f"{request.request_id}: {len(tokens)} tokens where one was due"
-        reason = request.append(tokens[0])
-        request.last_token_time = now
-        if request.first_token_time == 0.0:
-            request.first_token_time = now
-        self._live.counters.generation_tokens += 1
-        if reason is None:
-            return news.of_running(request, tokens, logprobs, prompt_logprobs)
-        return self._end(request, reason, tokens, logprobs, prompt_logprobs, now)
 
     def _end(
         self,
