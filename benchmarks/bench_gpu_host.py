@@ -276,7 +276,7 @@ def measure(cases: Sequence[Case], *, num_turns: int, folder: Path) -> Iterator[
             engine = fake_engine(
                 spec_of(need["shape"], folder / need["shape"]),
                 max_model_len=need["max_model_len"],
-                num_blocks=rows * 48,
+                num_blocks=rows * 96 + need["max_model_len"] // 8,
                 max_num_seqs=rows,
                 max_num_batched_tokens=need["largest_step"],
                 enforce_eager=need["is_eager"],
