@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -184,3 +185,11 @@ def test_refusals_are_one_line(
     printed = capsys.readouterr()
     assert code == 2 and printed.out == ""
     assert message in printed.err and "Traceback" not in printed.err
+
+
+def test_without_triton_it_says_what_to_install(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert main(["plan", str(folder), "--gpu-memory", "8GiB", *QUICK]) == 2
+    assert "octavo plan needs Triton: pip install 'octavo[gpu]'" in capsys.readouterr().err

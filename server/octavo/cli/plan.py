@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--gpu-memory must be at least 1, got {total}")
     # As dummy: the files of weights need not be there.
     files = resolve(dataclasses.replace(config.model, load_format="dummy"))
-    # Lazy: torch and triton; a wrong flag must be told at once.
+    # What is counted is what the engine would make, kernels' launches included.
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("octavo plan needs Triton: pip install 'octavo[gpu]'")
+    # Lazy: torch and Triton; a wrong flag must be told at once.
     from octavo.worker.gpu.memory_plan import plan_gpu_memory
 
     plan = plan_gpu_memory(files.spec, config, total_bytes=total)
