@@ -207,3 +207,27 @@ def test_more_requests_than_tokens_is_a_mistake() -> None:
     graphs, _, _, _ = _graphs(GraphSizes(decode=(2,)))
     with pytest.raises(AssertionError):
         graphs.forward_key(num_tokens=1, num_requests=2, is_decode=True)
+
+
+def test_no_capture_follows_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator then takes the capture for one that still goes on."""
+    sizes = GraphSizes(decode=(1, 2, 4, 8), mixed=(), sampling=(1,))
+    graphs, work, clock, _ = _graphs(sizes)
+    assert graphs.capture_one()
+    num_done = graphs.take_stats().graphs_captured
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(HostRuntime, "capture", fail)
+    with pytest.raises(RuntimeError, match="during capture"):
+        graphs.capture_one()
+    clock.now += 100
+    for size in (1, 2, 4, 8):
+        graphs.forward_key(
+            num_tokens=size, num_requests=size, is_decode=True, shares_prefixes=size > 1
+        )
+    tried = len(work.done)
+    assert num_done == 1 and graphs.num_missing == 0
+    assert not graphs.capture_one() and not graphs.after_launch()
+    assert len(work.done) == tried

@@ -212,13 +212,21 @@ class StepGraphs:
         return self.capture_one()
 
     def capture_one(self) -> bool:
-        """Captures the next missing graph; False if there is none."""
+        """Captures the next missing graph; False if there is none. One that fails, and raises, is
+        the last to be tried."""
         if not self._missing or self._work_of is None:
             return False
         began = self._now()
         key, _ = self._missing.popitem()
         # Once outside the capture: whatever is made at first use, is made.
-        self._graphs[key] = self._runtime.capture(self.run_blank(key))
+        work = self.run_blank(key)
+        try:
+            self._graphs[key] = self._runtime.capture(work)
+        except Exception:
+            # It leaves torch's allocator in a capture that never ends: no other can follow.
+            self._missing.clear()
+            self._unasked.clear()
+            raise
         self._num_captured += 1
         ended = self._now()
         took = ended - began
