@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from octavo.worker.devices import DeviceKind, choose_device
 from octavo.worker.gpu import startup
 from octavo.worker.gpu.graphs import GraphSizes
 from octavo.worker.gpu.kv_transfer import GpuTransfer
+from octavo.worker.gpu.runtime import HostRuntime
 from octavo_kernels.matmul import cublas
 
 
@@ -114,6 +116,28 @@ def test_without_triton_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose_device("auto") is DeviceKind.CPU
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_memory_of_an_engine_before_is_given_back_first(
+    is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def free() -> tuple[int, int]:
+        done.append("free")
+        return 1 << 30, 1 << 31
+
+    monkeypatch.setattr(startup, "CudaRuntime", HostRuntime)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0 if is_first else 1 << 29)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    monkeypatch.setattr(gc, "collect", lambda: done.append("collect"))
+    assert startup.start_device(is_interpreted=False).free_bytes == 1 << 30
+    assert done == (["free"] if is_first else ["collect", "empty", "free"])
+
+
 # ---- what is decided ---------------------------------------------------------------------------
 
 _DEVICE = startup.start_device(is_interpreted=True)
@@ -158,7 +182,9 @@ def test_too_little_free_memory_is_refused(model_folder: Path) -> None:
 # ---- before the first request ------------------------------------------------------------------
 
 
-def test_a_start_runs_the_largest_step_and_a_request(model_folder: Path) -> None:
+def test_a_start_runs_the_largest_step_and_a_request(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = _config(model_folder, max_num_batched_tokens=4)
     files = resolve(config.model)
     plan = startup.make_plan(config, spec=files.spec, device=_DEVICE)
@@ -174,12 +200,17 @@ def test_a_start_runs_the_largest_step_and_a_request(model_folder: Path) -> None
         return forward(token_ids, attn, *rest, **more)
 
     model.forward = spy  # type: ignore[method-assign]
+    copied: list[int] = []
+    monkeypatch.setattr(
+        model.backend, "copy_blocks", lambda caches, **_: copied.append(len(caches))
+    )
     startup.warm(runner, graphs, plan=plan, device=_DEVICE)
     assert ran == [], "the interpreter is slow, and has nothing to warm"
     startup.warm(
         runner, graphs, plan=plan, device=dataclasses.replace(_DEVICE, is_interpreted=False)
     )
     assert ran == [(4, 4), (4, 4), (1, 1)]
+    assert copied == [2], "the addresses of both layers' caches are on the device by now"
     assert graphs.take_stats() == WorkerStats(), "none of it is counted"
     assert not runner._table._row_of, "the request is gone"
     assert torch.get_num_threads() == 1

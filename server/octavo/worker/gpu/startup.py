@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.config import EngineConfig
 from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
 from octavo.platforms.gpu import GPUPlatform, model_shape
-from octavo.types import NewRequest, SamplingParams, SchedulerOutput
+from octavo.types import BlockCopy, NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers, StepSizes
 from octavo.worker.gpu.graphs import ForwardKey, GraphSizes, SamplingKey, StepGraphs
@@ -74,6 +75,11 @@ def start_device(*, is_interpreted: bool) -> GpuDevice:
             is_interpreted=True,
         )
     torch.cuda.set_device(torch.cuda.current_device())  # makes its context
+    if torch.cuda.memory_reserved():
+        # Of an engine that this process had before: its parts know each other, and torch keeps
+        # what they give back.
+        gc.collect()
+        torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return GpuDevice(
         runtime=CudaRuntime(),
@@ -235,7 +241,7 @@ def warm(runner: GpuRunner, graphs: StepGraphs, *, plan: Plan, device: GpuDevice
 
 
 def _run_made_up_request(runner: GpuRunner, sizes: StepSizes) -> None:
-    """Its prompt and a token after it, with parameters of all kinds."""
+    """Its prompt and a token after it, with parameters of all kinds; then a copy of a block."""
     room = min(sizes.max_model_len, sizes.num_blocks * sizes.block_size)
     length = min(_WARM_LENGTH, room - 2, sizes.max_num_tokens)
     if length < 1:
@@ -259,7 +265,10 @@ def _run_made_up_request(runner: GpuRunner, sizes: StepSizes) -> None:
     for step in (
         SchedulerOutput(step=0, new_requests=(request,), num_scheduled_tokens={"warm": length}),
         SchedulerOutput(step=1, num_scheduled_tokens={"warm": 1}),
-        SchedulerOutput(step=2, finished_request_ids=("warm",)),
+        # The first copy of blocks waits for the GPU, which is told where the caches are.
+        SchedulerOutput(
+            step=2, finished_request_ids=("warm",), block_copies=(BlockCopy(src=0, dst=0),)
+        ),
     ):
         output = runner.finish(runner.launch(step))
         assert not output.errors, output.errors
