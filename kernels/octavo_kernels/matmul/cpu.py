@@ -31,7 +31,7 @@ _SLICE_BYTES = 320 * 1024
 
 
 @device
-def _add_extras(
+def add_extras(
     out: int, rows: int, columns: int, out_stride: int, bias: int, residual: int
 ) -> None:
     """out = (out + bias) + residual over one tile; either may be absent (address 0)."""
@@ -98,7 +98,7 @@ def matmul_kernel(dtype: str, vectors: int) -> Kernel:
                     if start + depth >= k and (bias != 0 or residual != 0):
                         left = bias + 4 * panel * width if bias != 0 else 0
                         right = residual + (tile_out - out) if residual != 0 else 0
-                        _add_extras(tile_out, rows, columns, n * 4, left, right)
+                        add_extras(tile_out, rows, columns, n * 4, left, right)
 
     body.__name__ = f"matmul_{dtype}_{width}"
     return kernel(body)

@@ -24,7 +24,7 @@ def panel_width() -> int:
     return 48 if features.get("avx512f", False) else 16
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def weight_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros; large ones on huge pages, since a weight read end to end is bound by page walks."""
     count = 1
     for size in shape:
@@ -58,7 +58,7 @@ class PackedWeight:
         if dtype not in PACKED_DTYPES:
             raise ValueError(f"a packed weight is one of {PACKED_DTYPES}, got {dtype}")
         width = panel_width()
-        return PackedWeight(data=_empty((-(-n // width), k, width), dtype), n=n, k=k)
+        return PackedWeight(data=weight_zeros((-(-n // width), k, width), dtype), n=n, k=k)
 
     @property
     def num_bytes(self) -> int:

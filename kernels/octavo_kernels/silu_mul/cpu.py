@@ -29,12 +29,12 @@ def _gate(value, exponent, up):
 
 
 @device
-def _silu(gate, up):
+def gate_silu(gate, up):
     return _gate(gate, mul(gate, splat(np.float32(-1.0))), up)
 
 
 @device
-def _gelu(gate, up):
+def gate_gelu(gate, up):
     # 0.5 * (1 + tanh(u)) = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) * (gate + 0.044715 * gate**3)
     square = mul(gate, gate)
     cubic = fma(
@@ -56,7 +56,7 @@ def _rows(part, num_parts, x, out, num_rows, width, is_gelu):
                 gate, up = load_f32(gate_at + i), load_f32(up_at + i)
             else:
                 gate, up = load_f32_masked(gate_at + i, mask), load_f32_masked(up_at + i, mask)
-            value = _gelu(gate, up) if is_gelu else _silu(gate, up)
+            value = gate_gelu(gate, up) if is_gelu else gate_silu(gate, up)
             if is_whole:
                 store_f32(out_at + i, value)
             else:
