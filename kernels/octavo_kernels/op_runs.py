@@ -196,7 +196,7 @@ def _shared(
         head_dim=shape.head_dim,
         cache_dtype=shape.cache_dtype,
         sliding_window=window,
-        shared_partitions=torch.zeros_like(members),
+        shared_partitions=scene.ints([0] * batch.num_requests),
     )
     groups = shared_prefix.group_prefixes(
         plan,
@@ -312,7 +312,9 @@ def _sampling(scene: Scene) -> None:
     if scene.shape.num_drafts:
         accepted = numbers[:, None].repeat(1, 1 + scene.shape.num_drafts)
         gpu_params.extend(params, slots=slots, tokens=accepted)
-    gpu.topn_logprobs(logits, chosen=numbers % vocab, num_best=1)
+    # Not "% vocab": on "meta" that imports torch's compiler, two seconds of a server's start.
+    chosen = scene.ints((row % vocab for row in range(rows)), torch.int64)
+    gpu.topn_logprobs(logits, chosen=chosen, num_best=1)
 
 
 def _silu_mul(scene: Scene) -> None:

@@ -67,6 +67,8 @@ class Scene:
         return self._random(sizes, torch.float32)
 
     def _random(self, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.device == "meta":  # nothing is drawn there, and to convert it imports sympy
+            return torch.empty(*sizes, dtype=dtype, device=self.device)
         return torch.randn(*sizes, dtype=torch.float32, device=self.device).to(dtype)
 
     def ints(self, values: Iterable[int], dtype: torch.dtype = torch.int32) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,3 +131,24 @@ def test_nothing_is_compiled_after_warming(shape: ModelShape) -> None:
     finally:
         knobs.jit_post_compile_hook = before
     assert compiled == []
+
+
+def test_listing_imports_no_compiler_of_torch() -> None:
+    """It does for some ops on "meta", which took a server's start seconds."""
+    code = (
+        "import sys\n"
+        "from octavo_kernels import ModelShape, warming\n"
+        "shape = ModelShape(\n"
+        "    hidden=128, num_heads=6, num_kv_heads=2, head_dim=64, ffn=256, vocab=500,\n"
+        "    has_qk_norm=True, has_qkv_bias=True,\n"
+        ")\n"
+        "assert len(warming.launches(shape)) > 100\n"
+        "slow = ('torch._dynamo', 'torch._inductor', 'sympy')\n"
+        "assert not [name for name in slow if name in sys.modules]\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

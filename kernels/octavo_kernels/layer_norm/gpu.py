@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from octavo_kernels.launch import launch
@@ -34,7 +33,7 @@ def layer_norm(
     num_rows, dim = x.shape
     tile = row_tile(dim, x.element_size())
     if out is None:
-        out = torch.empty_like(x)
+        out = x.new_empty(x.shape)
     check_rows("layer_norm", x, ("residual", residual), ("out", out), step=tile.step)
     check_vector("layer_norm", "weight", weight, x)
     if bias is not None:

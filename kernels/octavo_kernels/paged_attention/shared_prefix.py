@@ -82,7 +82,7 @@ def group_prefixes(
         group_start_loc=group_start_loc,
         members=members,
         group_partitions=group_partitions,
-        member_rows=torch.empty_like(members),
+        member_rows=members.new_empty(members.shape),
         tiles=members.new_empty(capacity, 2),
         max_partitions=max_partitions,
         max_query_len=tokens,
