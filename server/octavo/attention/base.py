@@ -25,7 +25,7 @@ class SharedPrefixes:
     max_partitions: int  # the host's bound on group_partitions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True)
 class AttentionMetadata:
     """Where the tokens of one step stand, and where their requests' K/V lie.
 

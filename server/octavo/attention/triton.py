@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ class _Plan:
 class _Pass:
     """One run of a batch through the layers, and the plans its layers share."""
 
-    attn: AttentionMetadata
+    attn: weakref.ref[AttentionMetadata]
     plans: dict[tuple[object, ...], _Plan] = field(default_factory=dict)
     served: set[int] = field(default_factory=set)  # addresses of the caches seen
 
@@ -45,8 +46,9 @@ class TritonAttention:
     """`AttentionBackend` of CUDA devices. A token's bits depend on its own request's tokens alone.
 
     Nothing is read back from the device. Layers of one pass share their plan, made by the first of
-    them: a pass ends when other metadata comes, or a layer's cache a second time. So a CUDA graph
-    captures its own plan even if the same metadata ran before.
+    them: a pass ends when its metadata is gone, when other comes, or a layer's cache a second time.
+    So a CUDA graph captures its own plan even if the same metadata ran before, and no plan lies in
+    the way when the next step takes its memory.
 
     use_pdl: kernels that can start while their predecessors still run, where the GPU can.
     """
@@ -116,14 +118,19 @@ class TritonAttention:
 
     def _plan(self, layer: AttentionLayer, attn: AttentionMetadata, kv: KVLayer) -> _Plan:
         address = kv.k.data_ptr()
-        if self._pass is None or self._pass.attn is not attn or address in self._pass.served:
-            self._pass = _Pass(attn=attn)
+        if self._pass is None or self._pass.attn() is not attn or address in self._pass.served:
+            self._pass = None  # its memory may serve the next one
+            self._pass = _Pass(attn=weakref.ref(attn, self._end_pass))
         self._pass.served.add(address)
         sizes = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
         key = (*sizes, layer.sliding_window, kv.k.dtype, kv.k.shape[2])
         if key not in self._pass.plans:
             self._pass.plans[key] = _make_plan(layer, attn, kv)
         return self._pass.plans[key]
+
+    def _end_pass(self, attn: weakref.ref[AttentionMetadata]) -> None:
+        if self._pass is not None and self._pass.attn is attn:
+            self._pass = None
 
 
 def _make_plan(layer: AttentionLayer, attn: AttentionMetadata, kv: KVLayer) -> _Plan:

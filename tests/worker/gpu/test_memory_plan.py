@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from octavo.platforms.gpu import GPUPlatform
 from octavo.worker.gpu.allocator import CachingAllocator, Tally
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers
+from octavo.worker.gpu.footprint import META
 from octavo.worker.gpu.memory_plan import (
     GIB,
     MemoryPlan,
@@ -31,6 +33,7 @@ from octavo.worker.gpu.memory_plan import (
 from octavo.worker.gpu.runtime import HostRuntime
 from octavo.worker.gpu.sampler import GpuSampler
 from octavo.worker.gpu.upload import upload_words
+from octavo_kernels.launch import dropping
 
 MIB = 1 << 20
 MODELS_FOLDER = Path(__file__).resolve().parents[2] / "cli" / "models"
@@ -293,3 +296,38 @@ def test_the_real_allocator_keeps_the_same_rules() -> None:
             del tensor
         assert torch.cuda.memory_allocated() == memory.allocated
         assert torch.cuda.memory_reserved() == memory.reserved
+
+
+def test_steps_of_all_sizes_take_what_the_largest_does() -> None:
+    """Nothing of one step may lie in the way of the next: that would take a segment more."""
+    made = plan(QWEN, 24, max_model_len=32768)
+    sizes, memory = made.sizes, CachingAllocator()
+    with Tally(memory):
+        buffers = StepBuffers.create(sizes, num_words=upload_words(sizes), device=META)
+    model = MODELS[QWEN.architecture](
+        dataclasses.replace(QWEN, num_layers=1, layer_windows=QWEN.layer_windows[:1]),
+        platform=GPUPlatform(META),
+        dtype=sizes.dtype,
+        max_model_len=1,
+    )
+    cache = kv_cache_spec(model.spec, block_size=sizes.block_size, dtype=made.cache_dtype)
+    caches = model.backend.allocate(cache, num_blocks=1)
+
+    def step(num_tokens: int, num_requests: int, max_query_len: int) -> None:
+        attn = buffers.attention(
+            num_tokens=num_tokens, num_requests=num_requests, max_query_len=max_query_len
+        )
+        ids, out = buffers.token_ids[:num_tokens], buffers.hidden[:num_tokens]
+        with dropping(), Tally(memory):
+            model.forward(ids, attn, caches, out=out)
+
+    most = sizes.max_num_tokens
+    step(most, sizes.max_num_seqs, most)
+    largest, left = memory.reserved, memory.allocated
+    source = random.Random(3)
+    for _ in range(40):
+        num_tokens = source.choice((source.randint(1, 256), source.randint(128, most), most))
+        num_requests = source.randint(1, min(num_tokens, sizes.max_num_seqs))
+        step(num_tokens, num_requests, num_tokens - num_requests + 1)
+        assert memory.allocated == left, "a step's memory is given back with it"
+    assert memory.reserved <= largest + 4 * MIB
