@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo_kernels.matmul import PackedWeight, matmul, pack_rows_
 from octavo_kernels.op import Case, OpSpec, Tol
+from octavo_kernels.quant_matmul.block_spec import block_specs
 from octavo_kernels.quant_matmul.int8 import (
     Int8Weight,
     gated_int8,
@@ -194,4 +195,5 @@ SPECS: tuple[OpSpec, ...] = (
         bytes_moved=lambda case, itemsize: float(case.T * case.K * 5),
         bench_cases=tuple(Case(f"576/{t}", T=t, N=49152, K=576) for t in (1, 16, 128)),
     ),
+    *block_specs(SMOLLM2, BENCH_ROWS),
 )

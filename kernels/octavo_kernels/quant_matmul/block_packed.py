@@ -1,0 +1,163 @@
+"""Panels of 4- and 8-bit blocks of 32, as GGUF files have them, and ways in and out.
+
+Knows no arithmetic beyond what makes codes of floats. The panel's layout is told in
+`cpu_blocks_tile`. Formats: `q4_0` (w = d (q - 8)), `q4_1` (w = d q + m), `q8_0` (w = d q); d and m
+are float16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo_kernels.matmul.packed import weight_zeros
+from octavo_kernels.quant_matmul.cpu_blocks_tile import BLOCK, FORMATS, Kind
+from octavo_kernels.simd import LANES
+
+_ROWS_AT_ONCE = 1024  # that are quantised together: bounds the temporaries
+_HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockWeight:
+    """A weight W [n, k] in panels of 16 outputs; outputs past n and elements past k are zero.
+
+    data: [ceil(n / 16), ceil(k / 32), bytes of a block for 16 outputs] uint8.
+    """
+
+    kind: Kind
+    data: Tensor
+    n: int
+    k: int
+
+    @staticmethod
+    def empty(kind: Kind, n: int, k: int) -> BlockWeight:
+        """A weight of zeros, to be filled with `write_blocks` or `write_rows`.
+
+        Raises ValueError for sizes below 1 or an unknown kind.
+        """
+        if kind not in FORMATS:
+            raise ValueError(f"a weight of blocks is one of {', '.join(FORMATS)}, got {kind!r}")
+        if n < 1 or k < 1:
+            raise ValueError(f"a weight of blocks needs n >= 1 and k >= 1, got n={n}, k={k}")
+        shape = (-(-n // LANES), -(-k // BLOCK), FORMATS[kind].panel_bytes)
+        return BlockWeight(kind=kind, data=weight_zeros(shape, torch.uint8), n=n, k=k)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of codes, scales and minima."""
+        return self.data.numel()
+
+
+def write_blocks(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
+    """Writes a GGUF file's rows [n', bytes of a row] uint8 as rows start..start+n', lossless.
+
+    Raises ValueError where a row is not whole blocks of the weight's kind, or rows do not fit.
+    """
+    form, blocks = FORMATS[weight.kind], weight.k // BLOCK
+    width = blocks * form.file_bytes
+    if weight.k % BLOCK or rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != width:
+        raise ValueError(
+            f"{weight.kind} rows of {weight.k} elements are [n, {weight.k / BLOCK:g} blocks of"
+            f" {form.file_bytes}] uint8, got {rows.dtype} {list(rows.shape)}"
+        )
+    pieces = rows.reshape(rows.shape[0], blocks, form.file_bytes)
+    head = 2 * (1 + form.has_min)
+    codes = pieces[:, :, head:].contiguous().view(torch.int32)
+    if form.bits == 8:
+        codes = codes ^ -0x7F7F7F80  # 0x80808080: int8 to codes + 128
+    _place(weight, codes, pieces[:, :, :head].contiguous().view(torch.int16), start)
+
+
+def write_rows(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
+    """Quantises rows [n', K] of any float type as rows start..start+n' of the weight.
+
+    Codes are nearest to the weights for the float16 scale (and minimum) that are kept. A block
+    with a NaN or an infinity, or beyond float16, becomes NaN. Raises ValueError for a wrong shape.
+    """
+    if rows.dim() != 2 or rows.shape[1] != weight.k or not rows.is_floating_point():
+        raise ValueError(
+            f"rows to quantise must be [n, {weight.k}] floats, got {rows.dtype} {list(rows.shape)}"
+        )
+    _require_fit(weight, rows.shape[0], start)
+    for first in range(0, rows.shape[0], _ROWS_AT_ONCE):
+        wide = rows[first : first + _ROWS_AT_ONCE].float()
+        wide = torch.nn.functional.pad(wide, (0, -weight.k % BLOCK))
+        codes, halves = _quantise(weight.kind, wide.view(wide.shape[0], -1, BLOCK))
+        _place(weight, _words(weight.kind, codes), halves.view(torch.int16), start + first)
+
+
+def _quantise(kind: Kind, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks [R, B, 32] -> codes [R, B, 32] uint8 and d (and m) [R, B, 1 or 2] float16."""
+    form = FORMATS[kind]
+    low, high = parts.amin(2), parts.amax(2)
+    zero = float(form.zero)
+    if form.has_min:
+        least = low.half()
+        scale = ((high - least.float()) / 15).half()
+        halves, shift = torch.stack((scale, least), 2), -least.float()
+    else:
+        # Signed, so that the largest magnitude has the code -8, which positive ones lack.
+        extreme = torch.where(high > -low, high, low)
+        scale = (extreme / -8 if form.bits == 4 else extreme.abs() / 127).half()
+        halves, shift = scale.unsqueeze(2), torch.zeros_like(low)
+    step = scale.float()
+    inverse = torch.where(step == 0, 0.0, 1 / step).unsqueeze(2)
+    is_bad = ~(parts.isfinite().all(2) & halves.isfinite().all(2))
+    codes = ((parts + shift.unsqueeze(2)) * inverse).round() + zero
+    codes = codes.nan_to_num(zero).clamp(0, (1 << form.bits) - 1).to(torch.uint8)
+    return codes, halves.masked_fill(is_bad.unsqueeze(2), float("nan"))
+
+
+def _words(kind: Kind, codes: Tensor) -> Tensor:
+    """Codes [R, B, 32] -> words [R, B, 4 or 8] int32."""
+    if FORMATS[kind].bits == 4:
+        codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+    return codes.contiguous().view(torch.int32)
+
+
+def _require_fit(weight: BlockWeight, count: int, start: int) -> None:
+    if start < 0 or start + count > weight.n:
+        raise ValueError(f"rows {start}..{start + count} do not fit a weight of {weight.n} rows")
+
+
+def _views(weight: BlockWeight) -> tuple[Tensor, Tensor]:
+    """The codes [P, 16, B, words] int32 and the halves [P, 16, B, 1 or 2] int16, in place."""
+    form, data = FORMATS[weight.kind], weight.data
+    shape = (*data.shape[:2], -1, LANES)
+    words = data.view(torch.int32)[..., : form.code_bytes // 4].view(shape)
+    halves = data.view(torch.int16)[..., form.code_bytes // 2 :].view(shape)
+    return words.permute(0, 3, 1, 2), halves.permute(0, 3, 1, 2)
+
+
+def _place(weight: BlockWeight, words: Tensor, halves: Tensor, start: int) -> None:
+    """Writes rows [R, B, words] int32 and [R, B, 1 or 2] int16, whole panels at a time."""
+    count, done = words.shape[0], 0
+    _require_fit(weight, count, start)
+    while done < count:
+        panel, lane = divmod(start + done, LANES)
+        panels = (count - done) // LANES if lane == 0 else 0
+        step = panels * LANES or min(LANES - lane, count - done)
+        for place, rows in zip(_views(weight), (words, halves), strict=True):
+            some = rows[done : done + step]
+            if panels:
+                place[panel : panel + panels].copy_(some.view(panels, LANES, *some.shape[1:]))
+            else:
+                place[panel, lane : lane + step].copy_(some)
+        done += step
+
+
+def dequantise(weight: BlockWeight) -> Tensor:
+    """The weight [N, K] as float32: d (q - zero) exactly, d q + m rounded once."""
+    form = FORMATS[weight.kind]
+    words, halves = _views(weight)
+    codes = words.contiguous().view(torch.uint8)
+    if form.bits == 4:
+        codes = torch.cat((codes & 15, codes >> 4), 3)
+    scales = halves.contiguous().view(torch.float16).float()
+    wide = (codes.float() - form.zero) * scales[..., :1]
+    if form.has_min:
+        wide = wide + scales[..., 1:]
+    return wide.flatten(2).flatten(0, 1)[: weight.n, : weight.k].contiguous()

@@ -1,0 +1,249 @@
+"""Matmul over weights of 4- and 8-bit blocks on the CPU; knows no layer, no file and no model.
+
+`write_blocks` takes a GGUF file's blocks as they are, `write_rows` quantises floats. Activations
+get int8 codes and a scale per row and block of 32, sums of codes are exact integers, and each
+block is added to a float32 chain over K ascending. A row's bits depend on that row alone, and are
+the same on every kind of CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo_kernels.op import no_kernel
+from octavo_kernels.parallel import Kernel, num_threads
+from octavo_kernels.quant_matmul.block_packed import (
+    BlockWeight,
+    dequantise,
+    write_blocks,
+    write_rows,
+)
+from octavo_kernels.quant_matmul.cpu_blocks import (
+    gated_kernel,
+    gather_kernel,
+    matmul_kernel,
+    quantise_kernel,
+)
+from octavo_kernels.quant_matmul.cpu_blocks_tile import (
+    FORMATS,
+    RECORD_BYTES,
+    TILE_ROWS,
+    Kind,
+)
+from octavo_kernels.quant_matmul.cpu_dot import CpuPath, host_path
+from octavo_kernels.silu_mul import gelu_tanh_mul, silu_mul
+from octavo_kernels.simd import LANES
+
+__all__ = [
+    "BlockWeight",
+    "Kind",
+    "dequantise",
+    "gated_blocks",
+    "gather_rows",
+    "kernels",
+    "matmul_blocks",
+    "warm",
+    "write_blocks",
+    "write_rows",
+]
+
+_HAVE = ("cpu", "and for cuda octavo_kernels.quant_matmul.gpu.quant_matmul")
+_HAVE_ROWS = ("cpu", "and for cuda octavo_kernels.embedding.gpu.embedding")
+# Multiply-adds below which waking another thread costs more than it gains.
+_ALONE = 200_000
+# Elements of x that every part quantises for itself rather than waiting for a launch that does.
+_QUANTISE_EACH = 2048
+_QUANTISE_ALONE = 8192  # elements that one thread quantises before a second has started
+# Two for each thread, so that a core that lags behind leaves its second to the others. But one
+# for each where every part quantises.
+_PARTS_PER_THREAD = 2
+
+
+def matmul_blocks(
+    x: Tensor,
+    weight: BlockWeight,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    path: CpuPath | None = None,
+) -> Tensor:
+    """x [T, K] float32 @ W[N, K]^T (+ bias [N]) (+ residual [T, N]) -> [T, N] float32.
+
+    A row of x with a NaN or an infinity gives NaN. `out` may be neither x nor residual; `path` is
+    the fastest this machine has. Raises ValueError for another device, dtype or shape, or for
+    tensors that are not contiguous.
+    """
+    if not _is_plain(x, 2) or x.shape[1] != weight.k:
+        raise _refusal("x", x, ("T", weight.k))
+    num_rows, n = x.shape[0], weight.n
+    if out is None:
+        out = torch.empty((num_rows, n), dtype=torch.float32)
+    elif not _is_plain(out, 2) or out.shape != (num_rows, n):
+        raise _refusal("out", out, (num_rows, n))
+    bias_at = residual_at = 0
+    if bias is not None:
+        if not _is_plain(bias, 1) or bias.shape[0] != n:
+            raise _refusal("bias", bias, (n,))
+        bias_at = bias.data_ptr()
+    out_at = out.data_ptr()
+    if residual is not None:
+        if not _is_plain(residual, 2) or residual.shape != (num_rows, n):
+            raise _refusal("residual", residual, (num_rows, n))
+        residual_at = residual.data_ptr()
+        if residual_at == out_at and num_rows:
+            raise ValueError("matmul_blocks cannot add a residual that is also its out")
+    if num_rows:
+        path = path or host_path()
+        parts, x_at, records = _quantised(x, weight, path, weight.data.shape[0])
+        matmul_kernel(weight.kind, path)(
+            parts,
+            x_at,
+            records.data_ptr(),
+            weight.data.data_ptr(),
+            out_at,
+            bias_at,
+            residual_at,
+            num_rows,
+            n,
+            weight.k,
+        )
+    return out
+
+
+def gated_blocks(
+    x: Tensor,
+    weight: BlockWeight,
+    *,
+    is_gelu: bool = False,
+    out: Tensor | None = None,
+    path: CpuPath | None = None,
+) -> Tensor:
+    """silu(y[:, :F]) * y[:, F:] with y = x [T, K] @ W[2F, K]^T, to the bit -> [T, F] float32.
+
+    With is_gelu the tanh form of gelu in silu's place.
+    Raises ValueError as `matmul_blocks` does, and for a weight of an odd number of rows.
+    """
+    width = weight.n // 2
+    if weight.n % 2:
+        raise ValueError(
+            f"gated_blocks needs gate and up rows, as many of each, got {weight.n} rows"
+        )
+    if not _is_plain(x, 2) or x.shape[1] != weight.k:
+        raise _refusal("x", x, ("T", weight.k))
+    num_rows = x.shape[0]
+    if out is None:
+        out = torch.empty((num_rows, width), dtype=torch.float32)
+    elif not _is_plain(out, 2) or out.shape != (num_rows, width):
+        raise _refusal("out", out, (num_rows, width))
+    if width % LANES:  # a panel holds both gate and up rows
+        gate = gelu_tanh_mul if is_gelu else silu_mul
+        return gate(matmul_blocks(x, weight, path=path), out=out)
+    if num_rows:
+        path = path or host_path()
+        parts, x_at, records = _quantised(x, weight, path, width // LANES)
+        ups = torch.empty(parts * TILE_ROWS[path] * LANES, dtype=torch.float32)
+        gated_kernel(weight.kind, path)(
+            parts,
+            x_at,
+            records.data_ptr(),
+            weight.data.data_ptr(),
+            out.data_ptr(),
+            ups.data_ptr(),
+            num_rows,
+            width,
+            weight.k,
+            int(is_gelu),
+        )
+    return out
+
+
+def gather_rows(weight: BlockWeight, ids: Tensor) -> Tensor:
+    """Rows ids [T] (int32 or int64) as `dequantise` has them: [T, K] float32.
+
+    Lets a tied embedding live only in the head's panels. Raises ValueError for another device or
+    dtype; ids out of range are the caller's error and are checked (a negative id does not wrap).
+    """
+    if not ids.is_cpu:
+        raise no_kernel("gather_rows", ids, have=_HAVE_ROWS)
+    if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"gather_rows needs ids [T] int32 or int64, got {ids.dtype} {list(ids.shape)}"
+        )
+    num_rows = ids.shape[0]
+    out = torch.empty((num_rows, weight.k), dtype=torch.float32)
+    if num_rows:
+        low, high = ids.aminmax()
+        if int(low) < 0 or int(high) >= weight.n:
+            raise ValueError(
+                f"gather_rows needs ids in [0, {weight.n}), got {int(low)}..{int(high)}"
+            )
+        wide = ids.long().contiguous()
+        gather_kernel(weight.kind)(
+            1 if num_rows < 16 else min(num_rows // 8, _PARTS_PER_THREAD * num_threads()),
+            weight.data.data_ptr(),
+            wide.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            weight.k,
+        )
+    return out
+
+
+def _quantised(
+    x: Tensor, weight: BlockWeight, path: CpuPath, panels: int
+) -> tuple[int, int, Tensor]:
+    """How many parts to launch, x's address if each is to quantise it, and room for records."""
+    num_rows, k = x.shape
+    num_bytes = num_rows * weight.data.shape[1] * RECORD_BYTES
+    is_alone = num_rows * weight.n * k < _ALONE
+    if is_alone or num_rows * k <= _QUANTISE_EACH:
+        parts = 1 if is_alone else min(panels, num_threads())
+        return parts, x.data_ptr(), torch.empty(parts * num_bytes, dtype=torch.uint8)
+    records = torch.empty(num_bytes, dtype=torch.uint8)
+    quantise_kernel(FORMATS[weight.kind].zero, TILE_ROWS[path])(
+        1 if num_rows * k <= _QUANTISE_ALONE else min(num_rows, num_threads()),
+        x.data_ptr(),
+        records.data_ptr(),
+        num_rows,
+        k,
+    )
+    return min(panels, _PARTS_PER_THREAD * num_threads()), 0, records
+
+
+def _is_plain(tensor: Tensor, dims: int) -> bool:
+    return (
+        tensor.dtype == torch.float32
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.dim() == dims
+    )
+
+
+def _refusal(name: str, tensor: Tensor, shape: Sequence[int | str]) -> ValueError:
+    if not tensor.is_cpu:
+        return no_kernel("matmul_blocks", tensor, have=_HAVE)
+    return ValueError(
+        f"matmul_blocks needs {name} contiguous float32 {list(shape)}, got"
+        f" {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}"
+    )
+
+
+def kernels(kind: Kind) -> tuple[Kernel, ...]:
+    """What a server with weights of a kind calls on this machine."""
+    path = host_path()
+    return (
+        quantise_kernel(FORMATS[kind].zero, TILE_ROWS[path]),
+        matmul_kernel(kind, path),
+        gated_kernel(kind, path),
+        gather_kernel(kind),
+    )
+
+
+def warm(kind: Kind) -> None:
+    """Compiles, or loads from the cache, the kernels for weights of a kind."""
+    for kernel in kernels(kind):
+        assert kernel.address
