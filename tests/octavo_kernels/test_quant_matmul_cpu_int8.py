@@ -217,7 +217,7 @@ def test_what_cannot_be_written_is_refused() -> None:
     for bad in (float("nan"), float("inf")):
         rows = torch.randn(3, 8)
         rows[1, 2] = bad
-        with pytest.raises(ValueError, match="must be finite, row 1 is not"):
+        with pytest.raises(ValueError, match="must be finite, row 1 of these is not"):
             write_rows(weight, rows, start=0)
     for n, k, is_gated in ((0, 8, False), (8, 0, False), (3, 8, True), (1, MAX_K + 1, False)):
         with pytest.raises(ValueError, match="an int8 weight needs"):

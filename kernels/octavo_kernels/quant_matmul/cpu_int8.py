@@ -51,13 +51,12 @@ def row_bytes(k: int) -> int:
     return ((k + 63) // 64 + 1 | 1) * 64
 
 
-@device
-def _row_bytes(k: int) -> int:
-    return ((k + 63) // 64 + 1 | 1) * 64
+row_stride: Any = device(row_bytes)
 
 
 @device
-def _scale_at(k: int) -> int:
+def scale_offset(k: int) -> int:
+    """Bytes from a row's first code to its scale."""
     return (k + 63) // 64 * 64
 
 
@@ -104,14 +103,14 @@ def quantise_row(x: int, codes: int, k: int) -> None:
     if i < k:
         rest = load_f32_masked(x + 4 * i, first_lanes(k - i))
         _store_low_bytes(codes + i, add(mul(rest, inverse), rounder))
-    put_f32(codes + _scale_at(k), scale + reduce_add(poison))
+    put_f32(codes + scale_offset(k), scale + reduce_add(poison))
 
 
 @kernel
 def quantise_kernel(part: int, num_parts: int, x: int, codes: int, num_rows: int, k: int) -> None:
     """x [num_rows, k] float32 -> rows of codes."""
     for row in range(part * num_rows // num_parts, (part + 1) * num_rows // num_parts):
-        quantise_row(x + 4 * row * k, codes + row * _row_bytes(k), k)
+        quantise_row(x + 4 * row * k, codes + row * row_stride(k), k)
 
 
 @device
@@ -160,7 +159,7 @@ def matmul_kernel(path: CpuPath) -> Kernel:
     ) -> None:
         num_panels = (n + width - 1) // width
         first, end = part * num_panels // num_parts, (part + 1) * num_panels // num_parts
-        quads, stride, scale_at = (k + 3) // 4, _row_bytes(k), _scale_at(k)
+        quads, stride, scale_at = (k + 3) // 4, row_stride(k), scale_offset(k)
         if x != 0:  # few rows: quantised by every part for itself, sooner than by one for all
             codes += part * num_rows * stride
             for row in range(num_rows):

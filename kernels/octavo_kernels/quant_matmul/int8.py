@@ -21,6 +21,7 @@ from octavo_kernels.quant_matmul.cpu_int8 import (
     row_bytes,
 )
 from octavo_kernels.quant_matmul.cpu_int8_tile import PANEL_WIDTH, TILE_ROWS
+from octavo_kernels.quant_matmul.cpu_int8_write import write_codes, write_floats
 from octavo_kernels.quant_matmul.int8_packed import Int8Weight, unpack, write_rows
 
 __all__ = [
@@ -120,13 +121,14 @@ def _run(
     if not num_rows:
         return
     halves = 2 if weight.is_gated else 1
-    panels, path = weight.data.shape[0] // halves, weight.path
-    is_alone = num_rows * weight.n * k < _ALONE
-    is_each = is_alone or num_rows * k <= _QUANTISE_EACH
-    # Parts that quantise for themselves are one for each thread, else two, so that a core that
-    # lags behind leaves its second to the others.
-    wanted = num_threads() * (1 if is_each else _PARTS_PER_THREAD)
-    parts = 1 if is_alone else min(panels, wanted)
+    path, data = weight.path, weight.data
+    parts, is_each = 1, True
+    if num_rows * weight.n * k >= _ALONE:
+        # Parts that quantise for themselves are one for each thread, else two, so that a core
+        # that lags behind leaves its second to the others.
+        is_each = num_rows * k <= _QUANTISE_EACH
+        wanted = num_threads() * (1 if is_each else _PARTS_PER_THREAD)
+        parts = min(data.shape[0] // halves, wanted)
     rows_size = num_rows * row_bytes(k)
     codes_size = rows_size * parts if is_each else rows_size
     up_size = 4 * TILE_ROWS[path] * PANEL_WIDTH[path] * parts if weight.is_gated else 0
@@ -140,7 +142,7 @@ def _run(
         x.data_ptr() if is_each else 0,
         codes,
         codes + codes_size,
-        weight.data.data_ptr(),
+        data.data_ptr(),
         weight.base.data_ptr(),
         weight.scale.data_ptr(),
         out.data_ptr(),
@@ -192,7 +194,8 @@ def gather_rows_int8(weight: Int8Weight, ids: Tensor) -> Tensor:
 
 def kernels(path: CpuPath | None = None) -> tuple[Kernel, ...]:
     """What a server with int8 weights calls, on this machine's path by default."""
-    return matmul_kernel(path or host_path()), quantise_kernel, gather_kernel
+    running = (matmul_kernel(path or host_path()), quantise_kernel, gather_kernel)
+    return (*running, write_floats, write_codes)
 
 
 def warm() -> None:

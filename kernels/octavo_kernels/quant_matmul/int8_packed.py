@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from octavo_kernels.matmul.packed import weight_zeros
+from octavo_kernels.parallel import num_threads
 from octavo_kernels.quant_matmul.cpu_dot import PATHS, CpuPath, host_path
+from octavo_kernels.quant_matmul.cpu_int8 import row_bytes
 from octavo_kernels.quant_matmul.cpu_int8_tile import PANEL_WIDTH
+from octavo_kernels.quant_matmul.cpu_int8_write import write_codes, write_floats
 
 # Products of codes up to 127 * 128 stay within int32 up to here.
 MAX_K = 131_072
-_ROWS_AT_ONCE = 4096  # quantised together: bounds the temporaries of a large head
+_ROWS_AT_ONCE = 1024  # widened together: bounds the temporaries of a large head
+_ALONE = 30_000  # elements below which another thread is not worth waking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,6 +68,11 @@ class Int8Weight:
         """Bytes of codes, scales and sums."""
         return sum(part.nbytes for part in (self.data, self.scale, self.base))
 
+    @property
+    def rows_each(self) -> int:
+        """Rows of each of its matrices."""
+        return self.n // 2 if self.is_gated else self.n
+
     def _views(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Codes [P, Q, width, 4], scales and sums [P, width] of each matrix."""
         parts = (self.data, self.scale, self.base)
@@ -74,28 +82,14 @@ class Int8Weight:
         return [(gate[0], gate[1], gate[2]), (up[0], up[1], up[2])]
 
 
-def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [n, K] of any float dtype -> codes [n, K] int8 in -127..127 and scales [n] float32.
-
-    Symmetric: the largest magnitude of a row becomes 127. Raises ValueError for NaN and infinity.
-    """
-    wide = rows.to(torch.float32)
-    biggest = torch.maximum(wide.amax(1), -wide.amin(1))
-    if not bool(biggest.isfinite().all()):
-        row = int((~biggest.isfinite()).nonzero()[0])
-        raise ValueError(f"a weight to quantise must be finite, row {row} is not")
-    # A row of zeros, or all but, keeps codes of zero and a scale that can be inverted.
-    scale = (biggest / torch.full_like(biggest, 127.0)).clamp(min=1e-36)
-    return (wide / scale[:, None]).round_().to(torch.int8), scale
-
-
 def write_rows(
     weight: Int8Weight, rows: Tensor, *, start: int, scale: Tensor | None = None
 ) -> None:
     """Writes rows [n', K] as rows start..start + n' of the weight; any start is allowed.
 
-    Rows are floats of any type, quantised here, or int8 codes with scales [n'] of any float type.
-    Raises ValueError for other shapes or types.
+    Rows are floats of any type, quantised symmetrically so that the largest magnitude of a row is
+    127, or int8 codes with scales [n'] of any float type. Raises ValueError for other shapes or
+    types, and for rows or scales that are not finite (which then are in the weight).
     """
     if rows.dim() != 2 or rows.shape[1] != weight.k:
         raise ValueError(f"rows to write must be [n, {weight.k}], got {list(rows.shape)}")
@@ -111,51 +105,37 @@ def write_rows(
     if scale is not None and scale.shape != (count,):
         raise ValueError(f"scales of {count} rows must be [{count}], got {list(scale.shape)}")
     for first in range(0, count, _ROWS_AT_ONCE):
-        part = rows[first : first + _ROWS_AT_ONCE]
-        if scale is None:
-            codes, scales = quantise_rows(part)
-        else:
-            codes, scales = part, scale[first : first + _ROWS_AT_ONCE].to(torch.float32)
-        _write_codes(weight, codes, scales, start + first)
+        part = slice(first, first + _ROWS_AT_ONCE)
+        _write(weight, rows[part], None if scale is None else scale[part], start + first)
+    _refuse_nan(weight, start, count)
 
 
-def _write_codes(weight: Int8Weight, codes: Tensor, scales: Tensor, start: int) -> None:
-    quads = weight.data.shape[1]
-    whole = torch.nn.functional.pad(codes, (0, 4 * quads - weight.k))
-    whole = whole.view(-1, quads, 4)
-    sums = codes.sum(1, dtype=torch.int32)
-    views, width = weight._views(), weight.data.shape[2]
-    for half, panels, columns, done in _runs(weight, start, codes.shape[0]):
-        data, scale, base = views[half]
-        size = len(range(weight.data.shape[0])[panels]) * len(range(width)[columns])
-        took = slice(done, done + size)
-        shape = (-1, len(range(width)[columns]))
-        data[panels, :, columns] = whole[took].view(*shape, quads, 4).transpose(1, 2)
-        scale[panels, columns] = scales[took].view(shape)
-        base[panels, columns] = sums[took].view(shape) * -128
+def _refuse_nan(weight: Int8Weight, start: int, count: int) -> None:
+    found = torch.cat([scale.reshape(-1)[: weight.rows_each] for _, scale, _ in weight._views()])
+    finite = found[start : start + count].isfinite()
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"a weight to write must be finite, row {row} of these is not")
 
 
-def _runs(weight: Int8Weight, start: int, count: int) -> Iterator[tuple[int, slice, slice, int]]:
-    """Rows start..start + count as (matrix, its panels, their columns, rows before these)."""
-    width, done = weight.data.shape[2], 0
-    rows_each = weight.n // 2 if weight.is_gated else weight.n
-    while done < count:
-        half, row = divmod(start + done, rows_each)
-        panel, column = divmod(row, width)
-        left = min(count - done, rows_each - row)
-        if column == 0 and left >= width:
-            panels = left // width
-            yield half, slice(panel, panel + panels), slice(0, width), done
-            done += panels * width
-        else:
-            size = min(width - column, left)
-            yield half, slice(panel, panel + 1), slice(column, column + size), done
-            done += size
+def _write(weight: Int8Weight, rows: Tensor, scale: Tensor | None, start: int) -> None:
+    count, k, width = rows.shape[0], weight.k, weight.data.shape[2]
+    halves = 2 if weight.is_gated else 1
+    parts = min(num_threads(), -(-count * k // _ALONE))
+    scratch = torch.empty(parts * row_bytes(k), dtype=torch.uint8)
+    places = [part.data_ptr() for part in (scratch, weight.data, weight.scale, weight.base)]
+    sizes = (count, start, k, width, weight.rows_each, halves)
+    if scale is not None:
+        rows, scale = rows.contiguous(), scale.to(torch.float32).contiguous()
+        write_codes(parts, rows.data_ptr(), scale.data_ptr(), *places, *sizes)
+        return
+    rows = rows.to(torch.float32).contiguous()
+    write_floats(parts, rows.data_ptr(), *places, *sizes)
 
 
 def codes_of(weight: Int8Weight) -> tuple[Tensor, Tensor]:
     """Codes [N, K] int8 and scales [N] float32, as they were written."""
-    rows_each = weight.n // 2 if weight.is_gated else weight.n
+    rows_each = weight.rows_each
     codes, scales = [], []
     for data, scale, _ in weight._views():
         flat = data.transpose(1, 2).reshape(scale.numel(), -1)
