@@ -22,7 +22,8 @@ from octavo_kernels.quant_matmul.block_packed import (
     write_rows,
 )
 from octavo_kernels.quant_matmul.cpu_blocks import (
-    gated_kernel,
+    GELU,
+    SILU,
     gather_kernel,
     matmul_kernel,
     quantise_kernel,
@@ -107,9 +108,11 @@ def matmul_blocks(
             out_at,
             bias_at,
             residual_at,
+            0,
             num_rows,
             n,
             weight.k,
+            0,
         )
     return out
 
@@ -146,17 +149,19 @@ def gated_blocks(
         path = path or host_path()
         parts, x_at, records = _quantised(x, weight, path, width // LANES)
         ups = torch.empty(parts * TILE_ROWS[path] * LANES, dtype=torch.float32)
-        gated_kernel(weight.kind, path)(
+        matmul_kernel(weight.kind, path)(
             parts,
             x_at,
             records.data_ptr(),
             weight.data.data_ptr(),
             out.data_ptr(),
+            0,
+            0,
             ups.data_ptr(),
             num_rows,
             width,
             weight.k,
-            int(is_gelu),
+            GELU if is_gelu else SILU,
         )
     return out
 
@@ -238,7 +243,6 @@ def kernels(kind: Kind) -> tuple[Kernel, ...]:
     return (
         quantise_kernel(FORMATS[kind].zero, TILE_ROWS[path]),
         matmul_kernel(kind, path),
-        gated_kernel(kind, path),
         gather_kernel(kind),
     )
 

@@ -43,6 +43,8 @@ from octavo_kernels.vectors import F32, vector_op
 # memory. Others have the time to ask for the panel after theirs.
 _AHEAD_BYTES = 2560
 _AHEAD_ROWS = 5
+# The gate a matmul may end with; 0 is none.
+SILU, GELU = 1, 2
 
 
 @vector_op(types.float32, types.int64)
@@ -57,12 +59,12 @@ def _times_plus(b: Any, a: Any) -> Any:
 
 
 @device
-def _gate(out: int, rows: int, out_stride: int, up: int, is_gelu: int) -> None:
+def _gate(out: int, rows: int, out_stride: int, up: int, gate: int) -> None:
     """out = act(out) * up over one tile of 16 outputs; rows of up are dense."""
     for r in range(rows):
         at = out + r * out_stride
-        gate, other = load_f32(at), load_f32(up + r * 4 * LANES)
-        store_f32(at, gate_gelu(gate, other) if is_gelu != 0 else gate_silu(gate, other))
+        value, other = load_f32(at), load_f32(up + r * 4 * LANES)
+        store_f32(at, gate_silu(value, other) if gate == SILU else gate_gelu(value, other))
 
 
 @cache
@@ -109,10 +111,12 @@ def quantise_kernel(zero: int, tile_rows: int) -> Kernel:
 
 @cache
 def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
-    """The matmul of records with panels of one kind, on one path.
+    """The matmul of records with panels of one kind, on one path; gated or not.
 
     With x (address 0 if records are ready) every part first makes records of its own, one behind
     the other: shorter than a launch that does it for all, where rows are few.
+    With a gate (SILU or GELU, else 0) the panels hold G and then U, [n, K] each with n % 16 == 0,
+    and out is act(x @ G^T) * (x @ U^T); `ups` has room for a tile of 16 outputs for each part.
     """
     run_tile = make_tiles(kind, path)
     tile_rows, piece_bytes = TILE_ROWS[path], FORMATS[kind].panel_bytes
@@ -127,9 +131,11 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
         out: int,
         bias: int,
         residual: int,
+        ups: int,
         num_rows: int,
         n: int,
         k: int,
+        gate: int,
     ) -> None:
         blocks = (k + BLOCK - 1) // BLOCK
         if x != 0:
@@ -139,6 +145,7 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
         num_tiles = (num_rows + tile_rows - 1) // tile_rows
         panel_bytes = blocks * piece_bytes
         ahead = _AHEAD_BYTES if num_rows < _AHEAD_ROWS else panel_bytes
+        up = ups + part * tile_rows * 4 * LANES
         for panel in range(part * num_panels // num_parts, (part + 1) * num_panels // num_parts):
             columns = min(LANES, n - panel * LANES)
             offset = 4 * panel * LANES
@@ -148,61 +155,20 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
                 rows = (tile + 1) * num_rows // num_tiles - row
                 spot = out + offset + row * n * 4
                 source = records + row * blocks * RECORD_BYTES
-                run_tile(rows, source, panel_w, blocks, spot, n * 4, columns, ahead)
+                to, stride = spot, n * 4
+                # One place that calls: tiles are long to compile.
+                for half in range(1 if gate == 0 else 2):
+                    half_w = panel_w + half * num_panels * panel_bytes
+                    run_tile(rows, source, half_w, blocks, to, stride, columns, ahead)
+                    to, stride = up, 4 * LANES
+                if gate != 0:
+                    _gate(spot, rows, n * 4, up, gate)
                 if bias != 0 or residual != 0:
                     left = bias + offset if bias != 0 else 0
                     right = residual + (spot - out) if residual != 0 else 0
                     add_extras(spot, rows, columns, n * 4, left, right)
 
     body.__name__ = f"matmul_blocks_{kind}_{path}"
-    return kernel(body)
-
-
-@cache
-def gated_kernel(kind: Kind, path: CpuPath) -> Kernel:
-    """act(x @ G^T) * (x @ U^T) of panels that hold G and then U, [n, K] each, n % 16 == 0.
-
-    `ups` has a tile of 16 outputs for each part; x and records are as for the matmul.
-    """
-    run_tile = make_tiles(kind, path)
-    tile_rows, piece_bytes = TILE_ROWS[path], FORMATS[kind].panel_bytes
-    quantise_rows = _quantiser(FORMATS[kind].zero, tile_rows)
-
-    def body(
-        part: int,
-        num_parts: int,
-        x: int,
-        records: int,
-        w: int,
-        out: int,
-        ups: int,
-        num_rows: int,
-        n: int,
-        k: int,
-        is_gelu: int,
-    ) -> None:
-        blocks = (k + BLOCK - 1) // BLOCK
-        if x != 0:
-            records += part * num_rows * blocks * RECORD_BYTES
-            quantise_rows(x, records, num_rows, k, 0, num_rows)
-        num_panels = n // LANES
-        num_tiles = (num_rows + tile_rows - 1) // tile_rows
-        panel_bytes = blocks * piece_bytes
-        ahead = _AHEAD_BYTES if num_rows < _AHEAD_ROWS else panel_bytes
-        up = ups + part * tile_rows * 4 * LANES
-        for panel in range(part * num_panels // num_parts, (part + 1) * num_panels // num_parts):
-            gate_w = w + panel * panel_bytes
-            up_w = gate_w + num_panels * panel_bytes
-            for tile in range(num_tiles):
-                row = tile * num_rows // num_tiles
-                rows = (tile + 1) * num_rows // num_tiles - row
-                spot = out + 4 * panel * LANES + row * n * 4
-                source = records + row * blocks * RECORD_BYTES
-                run_tile(rows, source, gate_w, blocks, spot, n * 4, LANES, ahead)
-                run_tile(rows, source, up_w, blocks, up, 4 * LANES, LANES, ahead)
-                _gate(spot, rows, n * 4, up, is_gelu)
-
-    body.__name__ = f"gated_blocks_{kind}_{path}"
     return kernel(body)
 
 
