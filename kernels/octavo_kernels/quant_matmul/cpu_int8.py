@@ -106,11 +106,18 @@ def quantise_row(x: int, codes: int, k: int) -> None:
     put_f32(codes + scale_offset(k), scale + reduce_add(poison))
 
 
+@device
+def quantise_rows(x: int, codes: int, first: int, end: int, k: int) -> None:
+    """Rows first..end of x [*, k] float32 -> the same rows of codes."""
+    for row in range(first, end):
+        quantise_row(x + 4 * row * k, codes + row * row_stride(k), k)
+
+
 @kernel
 def quantise_kernel(part: int, num_parts: int, x: int, codes: int, num_rows: int, k: int) -> None:
     """x [num_rows, k] float32 -> rows of codes."""
-    for row in range(part * num_rows // num_parts, (part + 1) * num_rows // num_parts):
-        quantise_row(x + 4 * row * k, codes + row * row_stride(k), k)
+    first, end = part * num_rows // num_parts, (part + 1) * num_rows // num_parts
+    quantise_rows(x, codes, first, end, k)
 
 
 @device
@@ -157,20 +164,18 @@ def matmul_kernel(path: CpuPath) -> Kernel:
         halves: int,
         is_gelu: int,
     ) -> None:
-        num_panels = (n + width - 1) // width
-        first, end = part * num_panels // num_parts, (part + 1) * num_panels // num_parts
-        quads, stride, scale_at = (k + 3) // 4, row_stride(k), scale_offset(k)
+        panels, quads, stride = (n + width - 1) // width, (k + 3) // 4, row_stride(k)
+        first, end = part * panels // num_parts, (part + 1) * panels // num_parts
         if x != 0:  # few rows: quantised by every part for itself, sooner than by one for all
             codes += part * num_rows * stride
-            for row in range(num_rows):
-                quantise_row(x + 4 * row * k, codes + row * stride, k)
-        scratch += part * tile_rows * width * 4
-        num_tiles = (num_rows + tile_rows - 1) // tile_rows
-        panel_bytes = quads * width * 4
+            quantise_rows(x, codes, 0, num_rows, k)
+        ups, up_stride = scratch + part * tile_rows * width * 4, width * 4
+        num_tiles, panel_bytes = (num_rows + tile_rows - 1) // tile_rows, quads * width * 4
         for step in range(first * halves, end * halves):
             panel, is_up = step // halves, step % halves == 1
             columns = min(width, n - panel * width)
             panel_out, panel_w = out + 4 * panel * width, w + step * panel_bytes
+            left = bias + 4 * panel * width if bias != 0 else 0
             for tile in range(num_tiles):
                 row = tile * num_rows // num_tiles
                 rows = (tile + 1) * num_rows // num_tiles - row
@@ -179,20 +184,19 @@ def matmul_kernel(path: CpuPath) -> Kernel:
                     rows,
                     codes + row * stride,
                     stride,
-                    scale_at,
+                    scale_offset(k),
                     panel_w,
                     quads,
                     base + step * width * 4,
                     w_scale + step * width * 4,
-                    scratch if is_up else tile_out,
-                    width * 4 if is_up else n * 4,
+                    ups if is_up else tile_out,
+                    up_stride if is_up else n * 4,
                     columns,
                     panel_w + panel_bytes + (tile & 1) * (panel_bytes // 2),
                 )
                 if is_up:
-                    _gate(tile_out, scratch, rows, columns, n * 4, width * 4, is_gelu)
+                    _gate(tile_out, ups, rows, columns, n * 4, up_stride, is_gelu)
                 if bias != 0 or residual != 0:
-                    left = bias + 4 * panel * width if bias != 0 else 0
                     right = residual + (tile_out - out) if residual != 0 else 0
                     add_extras(tile_out, rows, columns, n * 4, left, right)
 
