@@ -1,7 +1,8 @@
 """Matmul over weights of 8 and 4 bits; knows no layer, no model and no checkpoint.
 
 Four formats: e4m3 with a scale per output channel or per block of 128 x 128, int8 per channel, and
-4-bit groups with or without zero points. There are GPU kernels only.
+4-bit groups with or without zero points. These have GPU kernels only; the CPU's weights, in panels,
+and their ops are in `quant_matmul.int8` and `quant_matmul.blocks`.
 """
 
 from __future__ import annotations

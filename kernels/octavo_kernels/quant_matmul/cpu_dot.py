@@ -27,6 +27,7 @@ def _features() -> dict[str, bool]:
         return {}
 
 
+@lru_cache(maxsize=1)
 def supported_paths() -> tuple[CpuPath, ...]:
     """What this machine can run, the fastest first."""
     have = {name for name, is_there in _features().items() if is_there}

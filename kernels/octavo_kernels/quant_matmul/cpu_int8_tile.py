@@ -22,7 +22,8 @@ from octavo_kernels.vectors import F32, I32, I64, call_llvm, pointer
 # 6 x 2, 2 and 1 with VNNI, else 4 x 2, 4 halves of weights and 2 of activations.
 TILE_ROWS: dict[CpuPath, int] = {"avx512_vnni": 8, "avx_vnni": 6, "avx2": 4, "generic": 4}
 PANEL_WIDTH: dict[CpuPath, int] = {"avx512_vnni": 48, "avx_vnni": 16, "avx2": 16, "generic": 16}
-_UNROLL = 4
+# Unrolled, a loop that needs all 16 registers has LLVM load ahead and spill.
+_UNROLL: dict[CpuPath, int] = {"avx512_vnni": 4, "avx_vnni": 1, "avx2": 1, "generic": 1}
 # Tiles of few rows wait for memory, not for arithmetic; asking ahead only helps the others.
 _AHEAD_ROWS = 5
 _NAMES = "codes, stride, scale_at, w, quads, base, w_scale, out, out_stride, columns, ahead"
@@ -75,9 +76,11 @@ def _emit_tile(b: Any, args: Any, rows: int, path: CpuPath) -> None:
 
     row_codes = [b.add(codes, b.mul(stride, I64(r))) for r in range(rows)]
     sums = [load(base, integers, chunk) for chunk in chunks] * rows
-    whole = b.and_(quads, I64(-_UNROLL))
-    sums = _emit_loop(b, sums, row_codes, w, I64(0), whole, _UNROLL, path, ahead=ahead)
-    sums = _emit_loop(b, sums, row_codes, w, whole, quads, 1, path)
+    unroll = _UNROLL[path]
+    whole = b.and_(quads, I64(-unroll))
+    sums = _emit_loop(b, sums, row_codes, w, I64(0), whole, unroll, path, ahead=ahead)
+    if unroll > 1:
+        sums = _emit_loop(b, sums, row_codes, w, whole, quads, 1, path)
 
     spots, values = [], []
     column_scales = [load(w_scale, floats, chunk) for chunk in chunks]

@@ -39,7 +39,7 @@ _HAVE = ("cpu", "and for cuda octavo_kernels.quant_matmul.gpu.quant_matmul")
 # Multiply-adds below which waking another thread costs more than it gains.
 _ALONE = 120_000
 # Elements of x that every part quantises for itself rather than waiting for a launch that does.
-_QUANTISE_EACH = 2048
+_QUANTISE_EACH = 8192
 _PARTS_PER_THREAD = 2
 
 

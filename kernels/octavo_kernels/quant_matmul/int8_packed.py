@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo_kernels.matmul.packed import weight_zeros
 from octavo_kernels.parallel import num_threads
-from octavo_kernels.quant_matmul.cpu_dot import PATHS, CpuPath, host_path
+from octavo_kernels.quant_matmul.cpu_dot import CpuPath, host_path, supported_paths
 from octavo_kernels.quant_matmul.cpu_int8 import row_bytes
 from octavo_kernels.quant_matmul.cpu_int8_tile import PANEL_WIDTH
 from octavo_kernels.quant_matmul.cpu_int8_write import write_codes, write_floats
@@ -41,7 +41,8 @@ class Int8Weight:
     def empty(n: int, k: int, *, is_gated: bool = False, path: CpuPath | None = None) -> Int8Weight:
         """A weight of zeros, to be filled with `write_rows`; `path` is this machine's by default.
 
-        Raises ValueError for sizes below 1, k above MAX_K or an odd n where gated.
+        Raises ValueError for sizes below 1, k above MAX_K, an odd n where gated or a path that
+        this machine does not have.
         """
         path = path or host_path()
         if n < 1 or not 1 <= k <= MAX_K or (is_gated and n % 2):
@@ -49,8 +50,9 @@ class Int8Weight:
                 f"an int8 weight needs n >= 1 (even where gated) and k in 1..{MAX_K}, got n={n},"
                 f" k={k}"
             )
-        if path not in PATHS:
-            raise ValueError(f"the path is one of {', '.join(PATHS)}, got {path!r}")
+        if path not in supported_paths():
+            have = ", ".join(supported_paths())
+            raise ValueError(f"this machine's paths are {have}, got {path!r}")
         width, halves = PANEL_WIDTH[path], 2 if is_gated else 1
         panels = halves * -(-(n // halves) // width)
         return Int8Weight(
