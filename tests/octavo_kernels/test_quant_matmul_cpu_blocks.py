@@ -227,6 +227,8 @@ def test_refusals_name_what_was_got() -> None:
         matmul_blocks(x, weight, residual=out, out=out)
     with pytest.raises(ValueError, match="as many of each, got 9 rows"):
         gated_blocks(x, _weight("q4_1", torch.randn(9, 64)))
+    with pytest.raises(ValueError, match="this machine's paths are .*generic, got 'avx9'"):
+        matmul_blocks(x, weight, path="avx9")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ids in \[0, 10\), got -1..3"):
         gather_rows(weight, torch.tensor([3, -1]))
     with pytest.raises(ValueError, match=r"rows 8..11 do not fit a weight of 10 rows"):

@@ -34,7 +34,7 @@ from octavo_kernels.quant_matmul.cpu_blocks_tile import (
     TILE_ROWS,
     Kind,
 )
-from octavo_kernels.quant_matmul.cpu_dot import CpuPath, host_path
+from octavo_kernels.quant_matmul.cpu_dot import CpuPath, host_path, supported_paths
 from octavo_kernels.silu_mul import gelu_tanh_mul, silu_mul
 from octavo_kernels.simd import LANES
 
@@ -56,8 +56,7 @@ _HAVE_ROWS = ("cpu", "and for cuda octavo_kernels.embedding.gpu.embedding")
 # Multiply-adds below which waking another thread costs more than it gains.
 _ALONE = 200_000
 # Elements of x that every part quantises for itself rather than waiting for a launch that does.
-_QUANTISE_EACH = 2048
-_QUANTISE_ALONE = 8192  # elements that one thread quantises before a second has started
+_QUANTISE_EACH = 8192
 # Two for each thread, so that a core that lags behind leaves its second to the others. But one
 # for each where every part quantises.
 _PARTS_PER_THREAD = 2
@@ -98,7 +97,7 @@ def matmul_blocks(
         if residual_at == out_at and num_rows:
             raise ValueError("matmul_blocks cannot add a residual that is also its out")
     if num_rows:
-        path = path or host_path()
+        path = _supported(path)
         parts, x_at, records = _quantised(x, weight, path, weight.data.shape[0])
         matmul_kernel(weight.kind, path)(
             parts,
@@ -146,7 +145,7 @@ def gated_blocks(
         gate = gelu_tanh_mul if is_gelu else silu_mul
         return gate(matmul_blocks(x, weight, path=path), out=out)
     if num_rows:
-        path = path or host_path()
+        path = _supported(path)
         parts, x_at, records = _quantised(x, weight, path, width // LANES)
         ups = torch.empty(parts * TILE_ROWS[path] * LANES, dtype=torch.float32)
         matmul_kernel(weight.kind, path)(
@@ -198,6 +197,15 @@ def gather_rows(weight: BlockWeight, ids: Tensor) -> Tensor:
     return out
 
 
+def _supported(path: CpuPath | None) -> CpuPath:
+    if path is None:
+        return host_path()
+    if path not in supported_paths():
+        have = ", ".join(supported_paths())
+        raise ValueError(f"this machine's paths are {have}, got {path!r}")
+    return path
+
+
 def _quantised(
     x: Tensor, weight: BlockWeight, path: CpuPath, panels: int
 ) -> tuple[int, int, Tensor]:
@@ -210,7 +218,7 @@ def _quantised(
         return parts, x.data_ptr(), torch.empty(parts * num_bytes, dtype=torch.uint8)
     records = torch.empty(num_bytes, dtype=torch.uint8)
     quantise_kernel(FORMATS[weight.kind].zero, TILE_ROWS[path])(
-        1 if num_rows * k <= _QUANTISE_ALONE else min(num_rows, num_threads()),
+        min(num_rows, num_threads()),
         x.data_ptr(),
         records.data_ptr(),
         num_rows,
