@@ -28,8 +28,11 @@ def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kern
         sampling,
         silu_mul,
     )
+    from octavo_kernels.quant_matmul import blocks
 
-    found = [*matmul.kernels(weight_dtype), *paged_attention.kernels(cache_dtype=cache_dtype)]
+    is_int8 = weight_dtype == torch.int8
+    multiplying = blocks.kernels("q8_0") if is_int8 else matmul.kernels(weight_dtype)
+    found = [*multiplying, *paged_attention.kernels(cache_dtype=cache_dtype)]
     for op in (block_copy, block_move, rms_norm, rotary_kv_write, sampling, silu_mul):
         found += op.kernels()
     return found

@@ -88,7 +88,6 @@ FOREIGN_FLAGS: tuple[ForeignFlag, ...] = (
     *_refused(
         "--decode-context-parallel-size --prefill-context-parallel-size", _GPU, harmless=("1",)
     ),
-    *_refused("--quantization", "weights run in float", harmless=("None", "none"), short=("-q",)),
     *_refused("--speculative-config", "there is no speculative decoding", short=("-sc",)),
     *_refused("--spec-method --spec-model --spec-tokens", "there is no speculative decoding"),
     *_refused("--enable-lora", "there are no LoRA adapters", nargs=0),

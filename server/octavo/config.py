@@ -67,6 +67,9 @@ class ModelConfig:
         "auto", "dummy makes random weights from config.json alone"
     )
     dtype: DType = _opt("auto", "of weights; auto is float32 on CPU, bfloat16 on GPU")
+    quantization: Literal["none", "int8"] = _opt(
+        "none", "of weights, on CPU: int8 codes with a scale for every 32, and activations likewise"
+    )
     device: Literal["auto", "cpu", "cuda"] = _opt("auto", "where the model runs")
     max_model_len: int | None = _opt(
         None,

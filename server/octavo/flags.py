@@ -19,6 +19,7 @@ Config = TypeVar("Config")
 # Spellings taken from vLLM, beside the field's own.
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "gpu_memory_utilization": ("--device-memory-utilization",),
+    "quantization": ("-q",),
     "api_server_count": ("-asc",),
 }
 

@@ -32,6 +32,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "cudagraph_capture_sizes": (["4", "1", "1k"], (4, 1, 1000)),
     "uvicorn_log_level": (["debug"], "debug"),
     "max_body_bytes": (["1M"], 2**20),
+    "quantization": (["int8"], "int8"),
 }
 
 
@@ -123,7 +124,7 @@ WRONG = [
     (["one", "two"], "unexpected argument 'two'"),
     (["--tensor-parallel-size", "2"], "is not supported (only 1): the engine runs on one device"),
     (["-tp", "4"], "-tp is not supported"),
-    (["-q", "awq"], "-q is not supported"),
+    (["-q", "awq"], "-q: invalid choice: 'awq'"),
     (["--enable-lora"], "there are no LoRA adapters"),
     (["--trust-remote-code"], "code of model repositories is never run"),
     (["--speculative-config", "{}"], "no speculative decoding"),

@@ -64,6 +64,12 @@ def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: boo
     assert info.eos_token_ids == (1,)
 
 
+def test_quantised_weights_are_told_and_need_no_other_kernels(model_folder: Path) -> None:
+    executor, info = build_worker(config(model_folder, quantization="int8"))
+    executor.close()
+    assert (info.dtype, info.kv_cache_dtype) == ("int8", "float32")
+
+
 def test_equal_seeds_make_equal_random_models(model_folder: Path) -> None:
     drawn = []
     for seed in (1, 1, 2):

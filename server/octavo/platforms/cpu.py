@@ -10,6 +10,9 @@ from torch import Tensor
 
 from octavo.attention.cpu import CPUAttention
 from octavo_kernels.matmul import PackedWeight, gather_rows, matmul, pack_rows_
+from octavo_kernels.quant_matmul.block_packed import BlockWeight, write_rows
+from octavo_kernels.quant_matmul.blocks import gated_blocks, matmul_blocks
+from octavo_kernels.quant_matmul.blocks import gather_rows as gather_block_rows
 from octavo_kernels.rms_norm import rms_norm
 from octavo_kernels.silu_mul import silu_mul
 
@@ -39,6 +42,34 @@ class CPUWeight:
         return gather_rows(self._packed, ids)
 
 
+class CPUInt8Weight:
+    """`Weight` as 8-bit codes with a scale for every 32 of a row; activations are rounded likewise
+    on their way in. (One scale a row, and one a token, cost SmolLM2 3.4 % of perplexity.)"""
+
+    def __init__(self, packed: BlockWeight) -> None:
+        self._packed = packed
+        self.n, self.k, self.num_bytes = packed.n, packed.k, packed.num_bytes
+
+    def write(self, rows: Tensor, start: int) -> None:
+        write_rows(self._packed, rows, start=start)
+
+    def linear(
+        self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return matmul_blocks(x, self._packed, bias=bias, residual=residual)
+
+    def gated(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        if bias is not None:
+            return silu_mul(matmul_blocks(x, self._packed, bias=bias))
+        return gated_blocks(x, self._packed)
+
+    def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return matmul_blocks(x, self._packed, out=out)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return gather_block_rows(self._packed, ids)
+
+
 class CPUPlatform:
     """`Platform` of the CPU. A row's bits depend on that row alone."""
 
@@ -46,10 +77,13 @@ class CPUPlatform:
         self.device = torch.device("cpu")
         self.attention = CPUAttention()
 
-    def weight(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight:
+    def weight(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight | CPUInt8Weight:
+        """Of dtype int8: quantised as it is written."""
+        if dtype == torch.int8:
+            return CPUInt8Weight(BlockWeight.empty("q8_0", n, k))
         return CPUWeight(PackedWeight.empty(n, k, dtype=dtype))
 
-    def table(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight:
+    def table(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight | CPUInt8Weight:
         return self.weight(n, k, dtype=dtype)
 
     def vector(self, size: int, *, dtype: torch.dtype, value: float = 0.0) -> Tensor:

@@ -67,7 +67,14 @@ def dtypes(config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
     """Of the weights, and of cached K and V."""
     weights, cached = config.model.dtype, config.cache.kv_cache_dtype
     names = (weights, weights if cached == "auto" else cached)
-    return weight_dtype(names[0], device="cpu"), weight_dtype(names[1], device="cpu")
+    plain, cache = (weight_dtype(name, device="cpu") for name in names)
+    if config.model.quantization == "none":
+        return plain, cache
+    if plain != torch.float32:
+        raise ValueError(
+            f"quantization {config.model.quantization} takes dtype auto or float32, got {weights}"
+        )
+    return torch.int8, cache
 
 
 def make_runner(config: EngineConfig, *, model: Model) -> tuple[CachePlan, ModelRunner]:

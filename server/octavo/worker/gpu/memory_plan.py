@@ -96,8 +96,12 @@ def plan_gpu_memory(
     weight_bytes: what the loaded model takes, if it is not as computed. Without ``max_model_len``
     the model's context is cut to what fits: load the model for the plan's.
     Raises ValueError with the plan's figures, and what would fit, where there is too little memory
-    for the model or for one request of ``max_model_len``.
+    for the model or for one request of ``max_model_len``; and for weights that no GPU engine has.
     """
+    if config.model.quantization != "none":
+        raise ValueError(
+            f"quantization on a GPU must be none, got {config.model.quantization}"
+        )
     attempt = _Attempt(spec, config, total_bytes, weight_bytes)
     plan = attempt.plan()
     if plan is not None:
