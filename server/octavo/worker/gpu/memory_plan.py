@@ -99,9 +99,7 @@ def plan_gpu_memory(
     for the model or for one request of ``max_model_len``; and for weights that no GPU engine has.
     """
     if config.model.quantization != "none":
-        raise ValueError(
-            f"quantization on a GPU must be none, got {config.model.quantization}"
-        )
+        raise ValueError(f"quantization on a GPU must be none, got {config.model.quantization}")
     attempt = _Attempt(spec, config, total_bytes, weight_bytes)
     plan = attempt.plan()
     if plan is not None:
