@@ -18,16 +18,27 @@ import platform
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numba
-from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.ccallback import CFunc
-from numba.extending import intrinsic as _numba_intrinsic
 
 from octavo_kernels.machine_code import MachineCodeCache
+from octavo_kernels.native import (
+    arg_float,
+    arg_int,
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    atomic_swap_if,
+    call_task,
+    pause,
+)
+from octavo_kernels.native import declare as declare
+from octavo_kernels.native import intrinsic as intrinsic
 
 MAX_ARGS = 48
 # Pauses a worker spends looking for the next launch before it sleeps in the kernel: about 100 us,
@@ -36,115 +47,20 @@ _SPIN_PAUSES = 2000
 # Pauses the caller spends waiting for the last part before it starts yielding its core.
 _WAIT_PAUSES = 400
 
+# Words of an entry before its arguments: task, address of its number of parts, that number if it is
+# fixed, bytes to the next entry.
+ENTRY_HEAD = 4
+
 # State layout, byte offsets; hot words sit on cache lines of their own.
-_TICKET, _DONE, _EPOCH, _SLEEPERS, _STOP, _TASK, _PARTS = 0, 128, 256, 384, 392, 512, 520
-_ARGS = 640
-_STATE_BYTES = _ARGS + 8 * MAX_ARGS
+_TICKET, _DONE, _EPOCH, _SLEEPERS, _STOP = 0, 128, 256, 384, 392
+_TASK, _PARTS, _ARGS_AT = 512, 520, 528
+_ENTRY = 640
+_STATE_BYTES = _ENTRY + 8 * (ENTRY_HEAD + MAX_ARGS)
 
 _FUTEX = (
     {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1) if sys.platform == "linux" else -1
 )
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
-
-
-def intrinsic(typer: Callable[..., Any]) -> Any:
-    """numba's intrinsic, typed for callers: kernels call it with values, without a context."""
-    return _numba_intrinsic(typer)
-
-
-_I64 = ir.IntType(64)
-
-
-declare: Any = cgutils.get_or_insert_function
-
-
-def _pointer(builder: Any, address: Any, type_: Any) -> Any:
-    return builder.inttoptr(address, type_.as_pointer())
-
-
-@intrinsic
-def _atomic_load(typingctx: Any, address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, args[0], _I64), "seq_cst", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def _atomic_store(typingctx: Any, address: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], _pointer(builder, args[0], _I64), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, args[0], _I64), args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _atomic_swap_if(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pair = builder.cmpxchg(
-            _pointer(builder, args[0], _I64), args[1], args[2], "seq_cst", "seq_cst"
-        )
-        return builder.extract_value(pair, 1)
-
-    return types.boolean(types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def _pause(typingctx: Any) -> Any:
-    """Tells the core that this is a spin loop."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        # Not inline assembly: numba sets up no assembly parser.
-        machine, void = platform.machine().lower(), ir.VoidType()
-        if machine in ("x86_64", "amd64"):
-            kind = ir.FunctionType(void, [])
-            name, values = "llvm.x86.sse2.pause", []
-        elif machine in ("aarch64", "arm64"):
-            kind = ir.FunctionType(void, [ir.IntType(32)])
-            name, values = "llvm.aarch64.hint", [ir.IntType(32)(1)]
-        else:
-            return context.get_dummy_value()
-        builder.call(declare(builder.module, kind, name), values)
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def _call_task(typingctx: Any, task: Any, part: Any, num_parts: Any, args_address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, _I64])
-        builder.call(_pointer(builder, args[0], kind), args[1:])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def _arg_int(typingctx: Any, args_address: Any, index: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = _pointer(builder, args[0], _I64)
-        return builder.load(builder.gep(base, [args[1]]))
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _arg_float(typingctx: Any, args_address: Any, index: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base = _pointer(builder, args[0], ir.DoubleType())
-        return builder.load(builder.gep(base, [args[1]]))
-
-    return types.float64(types.int64, types.int64), codegen
 
 
 _syscall: Any = types.ExternalFunction("syscall", types.int64(*([types.int64] * 5)))
@@ -161,61 +77,73 @@ def _take_parts(state: int) -> int:
     """Computes parts until none is left; returns how many this thread did."""
     taken = 0
     while True:
-        ticket = _atomic_load(state + _TICKET)
+        ticket = atomic_load(state + _TICKET)
         left = ticket & 0xFFFFFFFF
         if left == 0:
             return taken
-        if not _atomic_swap_if(state + _TICKET, ticket, ticket - 1):
+        if not atomic_swap_if(state + _TICKET, ticket, ticket - 1):
             continue
         # The launch cannot end before this part is done, so task, parts and arguments are its own.
-        num_parts = _arg_int(state + _PARTS, 0)
-        _call_task(_arg_int(state + _TASK, 0), num_parts - left, num_parts, state + _ARGS)
-        _atomic_add(state + _DONE, 1)
+        num_parts = arg_int(state + _PARTS, 0)
+        args = arg_int(state + _ARGS_AT, 0)
+        call_task(arg_int(state + _TASK, 0), num_parts - left, num_parts, args)
+        atomic_add(state + _DONE, 1)
         taken += 1
 
 
 def _worker(state: int) -> int:
     idle = 0
-    while _atomic_load(state + _STOP) == 0:
+    while atomic_load(state + _STOP) == 0:
         if _take_parts(state) > 0:
             idle = 0
             continue
         idle += 1
         if idle < _SPIN_PAUSES:
-            _pause()
+            pause()
             continue
-        _atomic_add(state + _SLEEPERS, 1)
-        epoch = _atomic_load(state + _EPOCH)
-        if (_atomic_load(state + _TICKET) & 0xFFFFFFFF) == 0 and _atomic_load(state + _STOP) == 0:
+        atomic_add(state + _SLEEPERS, 1)
+        epoch = atomic_load(state + _EPOCH)
+        if (atomic_load(state + _TICKET) & 0xFFFFFFFF) == 0 and atomic_load(state + _STOP) == 0:
             if _FUTEX > 0:
                 _syscall(_FUTEX, state + _EPOCH, _FUTEX_WAIT_PRIVATE, epoch & 0xFFFFFFFF, 0)
             else:
                 _usleep(100)
-        _atomic_add(state + _SLEEPERS, -1)
+        atomic_add(state + _SLEEPERS, -1)
         idle = 0
     return 0
 
 
-def _launch(state: int, task: int, num_parts: int) -> int:
+@_jit
+def _launch(state: int, task: int, num_parts: int, args: int) -> None:
     if num_parts == 1:
-        _call_task(task, 0, 1, state + _ARGS)
-        return 0
-    epoch = _atomic_load(state + _EPOCH) + 1
-    _atomic_store(state + _TASK, task)
-    _atomic_store(state + _PARTS, num_parts)
-    _atomic_store(state + _DONE, 0)
-    _atomic_store(state + _EPOCH, epoch)
-    _atomic_store(state + _TICKET, ((epoch & 0x7FFFFFFF) << 32) | num_parts)
-    if _FUTEX > 0 and _atomic_load(state + _SLEEPERS) > 0:
+        call_task(task, 0, 1, args)
+        return
+    epoch = atomic_load(state + _EPOCH) + 1
+    atomic_store(state + _TASK, task)
+    atomic_store(state + _PARTS, num_parts)
+    atomic_store(state + _ARGS_AT, args)
+    atomic_store(state + _DONE, 0)
+    atomic_store(state + _EPOCH, epoch)
+    atomic_store(state + _TICKET, ((epoch & 0x7FFFFFFF) << 32) | num_parts)
+    if _FUTEX > 0 and atomic_load(state + _SLEEPERS) > 0:
         _syscall(_FUTEX, state + _EPOCH, _FUTEX_WAKE_PRIVATE, 0x7FFFFFFF, 0)
     _take_parts(state)
     waited = 0
-    while _atomic_load(state + _DONE) != num_parts:
+    while atomic_load(state + _DONE) != num_parts:
         waited += 1
         if waited < _WAIT_PAUSES:
-            _pause()
+            pause()
         else:
             _sched_yield()
+
+
+def _run(state: int, entry: int, end: int) -> int:
+    """Launches the entries from one address up to another, one after the other."""
+    while entry < end:
+        num_parts = arg_int(arg_int(entry, 1), 0)
+        if num_parts > 0:
+            _launch(state, arg_int(entry, 0), num_parts, entry + 8 * ENTRY_HEAD)
+        entry += arg_int(entry, 3)
     return 0
 
 
@@ -232,8 +160,11 @@ class _Pool:
         if not block:
             raise MemoryError("the kernel pool could not allocate its state block")
         self.state: int = (block + 127) // 128 * 128
-        self.args = (ctypes.c_char * (8 * MAX_ARGS)).from_address(self.state + _ARGS)
-        self.launch = _dispatcher(_launch, types.int64(types.int64, types.int64, types.int64))
+        # One entry, which every launch that is not a replay uses.
+        self.entry: int = self.state + _ENTRY
+        self.words = (ctypes.c_int64 * (ENTRY_HEAD + MAX_ARGS)).from_address(self.entry)
+        self.words[1], self.words[3] = self.entry + 16, 8 * ENTRY_HEAD
+        self.run = _dispatcher(_run, types.int64(types.int64, types.int64, types.int64))
         worker = _dispatcher(_worker, types.int64(types.int64))
         self._threads = [
             threading.Thread(
@@ -249,7 +180,8 @@ class _Pool:
             word = ctypes.c_int64.from_address
             word(self.state + _STOP).value = 1
             # Two parts that do nothing: bumps the epoch and wakes the sleepers.
-            self.launch(self.state, _nothing.address, 2)
+            self.words[0], self.words[2] = _nothing.address, 2
+            self.run(self.state, self.entry, self.entry + 1)
             for thread in self._threads:
                 thread.join()
 
@@ -283,7 +215,7 @@ class Kernel:
         self._names = names[2:]
         self._body = body
         codes = ("d" if _is_float(body, name) else "q" for name in self._names)
-        self._pack = struct.Struct("=" + "".join(codes)).pack_into
+        self._pack = struct.Struct("=" + "".join(codes))
         self._address = 0
         self.name = f"{body.__module__}.{body.__name__}"
 
@@ -307,10 +239,55 @@ class Kernel:
         if num_parts <= 0:
             return
         address = self._address or self.address
+        if _recorder is not None:
+            _recorder(address, 0, num_parts, self._pack.pack(*args))
         pool = _current or _start()
         with pool.lock:
-            self._pack(pool.args, 0, *args)
-            pool.launch(pool.state, address, num_parts)
+            words = pool.words
+            words[0], words[2] = address, num_parts
+            self._pack.pack_into(words, 8 * ENTRY_HEAD, *args)
+            pool.run(pool.state, pool.entry, pool.entry + 1)
+
+    def launch_at(self, parts_address: int, *args: int | float) -> None:
+        """Runs as many parts as the int64 at an address says at the time of the launch (0: none).
+
+        For a number that another kernel decides: a replay of this launch reads it again.
+        """
+        recorder = _recorder
+        if recorder is not None:
+            recorder(self.address, parts_address, 0, self._pack.pack(*args))
+        with paused_recording():
+            self(ctypes.c_int64.from_address(parts_address).value, *args)
+
+
+# Told of every launch of this process while one is being recorded: task, address of the number of
+# parts or 0, that number, packed arguments.
+Recorder = Callable[[int, int, int, bytes], None]
+_recorder: Recorder | None = None
+
+
+def set_recorder(recorder: Recorder | None) -> None:
+    """Begins (or, with None, ends) telling of launches."""
+    global _recorder
+    _recorder = recorder
+
+
+@contextmanager
+def paused_recording() -> Iterator[None]:
+    """Launches of the block are not told of."""
+    global _recorder
+    recorder, _recorder = _recorder, None
+    try:
+        yield
+    finally:
+        _recorder = recorder
+
+
+def run_entries(start: int, end: int) -> None:
+    """Launches recorded entries [start, end) in one native call (for `recording`)."""
+    pool = _current or _start()
+    with pool.lock:
+        pool.run(pool.state, start, end)
 
 
 def kernel(body: Callable[..., None]) -> Kernel:
@@ -332,7 +309,7 @@ _ENTRY_SIGNATURE = types.void(types.int64, types.int64, types.int64)
 def _entry(body: Callable[..., None], names: tuple[str, ...]) -> Any:
     """A function `(part, num_parts, args)` that unpacks its arguments and calls body."""
     loads = [
-        f"_arg_{'float' if _is_float(body, name) else 'int'}(args, {index})"
+        f"arg_{'float' if _is_float(body, name) else 'int'}(args, {index})"
         for index, name in enumerate(names)
     ]
     entry_name = f"{body.__module__.replace('.', '_')}__{body.__name__}"
@@ -343,8 +320,8 @@ def _entry(body: Callable[..., None], names: tuple[str, ...]) -> Any:
     scope: dict[str, Any] = {
         "__name__": body.__module__,
         "body": _jit(body),
-        "_arg_int": _arg_int,
-        "_arg_float": _arg_float,
+        "arg_int": arg_int,
+        "arg_float": arg_float,
     }
     exec(compile(source, body.__code__.co_filename, "exec"), scope)
     return scope[entry_name]
