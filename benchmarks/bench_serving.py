@@ -15,73 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import signal
 import statistics
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import passport
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """One server under test, leading a process group of its own."""
-
-    label: str
-    port: int
-    process: subprocess.Popen[bytes]
-    seconds_to_ready: float
-
-    @property
-    def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
-
-
-def start(label: str, port: int, command: str, *, timeout: float) -> Server:
-    """Starts a server and waits until it lists its models. Raises RuntimeError if it never does."""
-    began = time.monotonic()
-    process = subprocess.Popen(
-        shlex.split(command),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while time.monotonic() - began < timeout:
-        if process.poll() is not None:
-            raise RuntimeError(f"{label} ended with code {process.returncode}: {command}")
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5):
-                return Server(label, port, process, round(time.monotonic() - began, 1))
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
-    process.kill()
-    raise RuntimeError(f"{label} was not ready in {timeout:.0f} s: {command}")
-
-
-def measure(server: Server, args: argparse.Namespace, rep: int) -> list[dict[str, Any]]:
-    """One turn of one server: the rows that the load client printed."""
-    command = [sys.executable, args.load, "--base-url", server.base_url, "--model", args.model]
-    command += ["--label", server.label, "--server-pid", str(server.process.pid)]
-    command += ["--tokenizer", args.tokenizer, "--workloads", args.workloads]
-    command += ["--concurrency", args.concurrency, "--requests", args.requests]
-    command += ["--reps", "1", "--rep0", str(rep), "--quiet", str(args.quiet)]
-    output = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = [json.loads(line) for line in output.stdout.splitlines() if line.startswith("{")]
-    if not rows:
-        raise RuntimeError(f"the load client measured nothing: {output.stdout}{output.stderr}")
-    return rows
+from benchmarks.servers import Load, Server, start
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -121,29 +61,34 @@ def main() -> None:
     add("--start-timeout", type=float, default=600)
     add("--out", type=Path, help="JSONL file to append the rows to")
     args = parser.parse_args()
+    load = Load(script=args.load, tokenizer=args.tokenizer, model=args.model, quiet=args.quiet)
     servers: list[Server] = []
     rows: list[dict[str, Any]] = []
     try:
         for where, command in args.server:
             label, _, port = where.partition("=")
-            servers.append(start(label, int(port), command, timeout=args.start_timeout))
-            print(f"{label}: ready after {servers[-1].seconds_to_ready} s", flush=True)
-            servers[-1].signal(signal.SIGSTOP)
+            servers.append(
+                start(label, int(port), command, timeout=args.start_timeout, model=args.model)
+            )
+            print(f"{label}: first token after {servers[-1].start_seconds} s", flush=True)
+            servers[-1].freeze()
         base = passport()
         for rep in range(args.reps):
             for server in servers:
-                server.signal(signal.SIGCONT)
-                for row in measure(server, args, rep):
-                    row.pop("sample", None)
-                    row["start_s"] = server.seconds_to_ready
-                    rows.append({**base, **row})
+                server.thaw()
+                for row in load.measure(
+                    server,
+                    workloads=args.workloads,
+                    concurrency=args.concurrency,
+                    requests=args.requests,
+                    rep=rep,
+                ):
+                    rows.append({**base, **row, "start_s": server.start_seconds})
                     print(json.dumps(row), flush=True)
-                server.signal(signal.SIGSTOP)
+                server.freeze()
     finally:
         for server in servers:
-            server.signal(signal.SIGCONT)
-            server.signal(signal.SIGKILL)
-            server.process.wait()
+            server.kill()
         if args.out is not None and rows:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             with args.out.open("a") as out:

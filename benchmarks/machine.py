@@ -77,10 +77,15 @@ def passport() -> dict[str, Any]:
     }
 
 
+def results_folder(row: Mapping[str, Any]) -> Path:
+    """Where rows of the machine that a row's passport names are kept."""
+    folder = re.sub(r"\W+", "_", str(row.get("gpu", row["cpu"]))).strip("_")
+    return Path(__file__).resolve().parent / "results" / folder
+
+
 def keep_row(name: str, row: Mapping[str, Any]) -> None:
     """Appends a row, which holds its `passport`, to ``results/<GPU or else CPU>/<name>.jsonl``."""
-    folder = re.sub(r"\W+", "_", str(row.get("gpu", row["cpu"]))).strip("_")
-    path = Path(__file__).resolve().parent / "results" / folder / f"{name}.jsonl"
+    path = results_folder(row) / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(dict(row)) + "\n")
