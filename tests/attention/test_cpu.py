@@ -1,11 +1,17 @@
-"""The CPU backend's cache: sizes, block copies, refusals. Its arithmetic is tested by models."""
+"""The CPU backend: cache sizes, block copies, refusals. Models test its arithmetic."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from octavo.attention import AttentionBackend, CPUAttention, KVCacheSpec
+from octavo.attention import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionMetadata,
+    CPUAttention,
+    KVCacheSpec,
+)
 
 
 def spec(**changes: object) -> KVCacheSpec:
@@ -48,3 +54,53 @@ def test_copies_blocks_in_every_layer() -> None:
 def test_refuses_what_kernels_cannot_read(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CPUAttention().allocate(spec(**changes), num_blocks=1)
+
+
+def forward(attn: AttentionMetadata, *, window: int = 0) -> None:
+    backend = CPUAttention()
+    sizes = spec(num_layers=2, dtype=torch.float32)
+    table = torch.ones(8, 8)
+    layer = AttentionLayer(
+        num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, sliding_window=window, cos=table,
+        sin=table, eps=1e-6,
+    )  # fmt: skip
+    for kv in backend.allocate(sizes, num_blocks=2):
+        backend.forward(torch.zeros(3, 8 * 16), layer=layer, attn=attn, kv=kv)
+
+
+def metadata(**changes: torch.Tensor) -> AttentionMetadata:
+    tensors = {
+        "positions": torch.arange(3, dtype=torch.int32),
+        "slots": torch.arange(3, dtype=torch.int32),
+        "block_tables": torch.zeros(1, 1, dtype=torch.int32),
+        "query_start_loc": torch.tensor([0, 3], dtype=torch.int32),
+        "seq_lens": torch.tensor([3], dtype=torch.int32),
+    }
+    return AttentionMetadata(**{**tensors, **changes})
+
+
+def test_layers_share_one_plan_for_each_window() -> None:
+    attn = metadata()
+    forward(attn)
+    [plan] = attn.plans.values()
+    forward(attn)
+    assert list(attn.plans.values()) == [plan]
+    forward(attn, window=2)
+    assert len(attn.plans) == 2
+    attn.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("positions", [0, 1, 8], "positions must be 0 to 7, got 0 to 8"),
+        ("slots", [0, 64, 1], "slots must be below 64, got 64"),
+        ("block_tables", [[2]], "names block 2"),
+        ("seq_lens", [33], "at most 32, got 33"),
+    ],
+)
+def test_a_step_is_checked_once(name: str, value: list[object], message: str) -> None:
+    attn = metadata(**{name: torch.tensor(value, dtype=torch.int32)})
+    forward(attn)
+    with pytest.raises(ValueError, match=message):
+        attn.check()

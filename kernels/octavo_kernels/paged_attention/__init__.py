@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import array
 import functools
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo_kernels import parallel
+from octavo_kernels import memory, parallel
 from octavo_kernels.op import require_device
 from octavo_kernels.paged_attention import cpu
+from octavo_kernels.paged_attention.cpu_plan import make_plan
+from octavo_kernels.paged_attention.plan import AttentionPlan, plan_attention
 from octavo_kernels.paged_attention.reference import paged_attention_reference
-from octavo_kernels.simd import LANES
 
-__all__ = ["kernels", "kv_cache_shapes", "paged_attention", "paged_attention_reference", "warm"]
+__all__ = [
+    "AttentionPlan",
+    "kernels",
+    "kv_cache_shapes",
+    "paged_attention",
+    "paged_attention_reference",
+    "plan_attention",
+    "warm",
+]
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
@@ -24,10 +32,6 @@ _ATTEND = {
     torch.bfloat16: cpu.attend_bfloat16,
     torch.float16: cpu.attend_float16,
 }
-# Multiply-adds of one kind (scores or values) below which waking a thread costs more than it saves.
-_SERIAL_COST = 1 << 15
-_EMPTY_PLAN = (0,) * cpu.PLAN_FIELDS
-_NO_SCRATCH = (0, 0, 0)
 _LOG2_E = 1.4426950408889634  # the kernels' logits are base 2
 
 
@@ -62,6 +66,7 @@ def paged_attention(
     scale: float,
     sliding_window: int = 0,
     out: Tensor | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """Attention of every query token to its request's keys up to and including itself.
 
@@ -73,6 +78,9 @@ def paged_attention(
     sliding_window: 0, or the number of newest positions a token sees, itself included.
     Returns out [T, N * H] float32. A row's bits depend on its own query and keys alone, not on the
     batch, the chunking or the number of threads; slots it does not see are never part of it.
+    plan: what `plan_attention` made of these tables, for the layers of one step to share. The
+    call then only starts kernels; whether tables, starts and lengths fit is `plan.check()`'s to
+    say, once the step has run.
     Raises ValueError for shapes, dtypes or tables the kernel cannot take.
     On a GPU: 16-bit and float32 q, both caches [B, K, BLOCK, H]. See
     `octavo_kernels.paged_attention.gpu`, which has more options and a plan that layers share.
@@ -89,48 +97,29 @@ def paged_attention(
         num_heads, head_dim, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype
     )
     _check_strides(q, k_cache, v_cache)
-    _check_tables(block_tables, query_start_loc, seq_lens)
-    if sliding_window < 0:
-        raise ValueError(f"sliding_window must be at least 0, got {sliding_window}")
     if out is None:
-        out = torch.empty(num_tokens, num_heads * head_dim)
+        out = memory.empty((num_tokens, num_heads * head_dim))
     elif out.shape != (num_tokens, num_heads * head_dim) or not out.is_contiguous():
         raise ValueError(f"out must be contiguous [{num_tokens}, {num_heads * head_dim}]")
-    num_requests, max_blocks = block_tables.shape
-    if num_tokens == 0:
-        return out
-    max_keys = max_blocks * block_size
-    threads = parallel.num_threads()
-    given = (
-        query_start_loc.data_ptr(), seq_lens.data_ptr(), num_requests, num_tokens,
-        block_tables.data_ptr(), block_tables.stride(0), max_keys, num_kv_heads,
-        num_heads // num_kv_heads, head_dim, block_size, num_blocks, sliding_window, threads,
-        q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+    sizes = (num_tokens, num_heads, num_kv_heads, head_dim, block_size, num_blocks, sliding_window)
+    is_alone = plan is None
+    if plan is None:
+        plan = plan_attention(
+            block_tables, query_start_loc, seq_lens, num_tokens=num_tokens, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size,
+            num_blocks=num_blocks, sliding_window=sliding_window,
+        )  # fmt: skip
+        plan.check()
+    elif plan.sizes != sizes or plan.block_tables is not block_tables:
+        raise ValueError(f"the plan is for {plan.sizes} and tables of its own, got {sizes}")
+    attend.launch_at(
+        plan.attend_parts, plan.address, q.data_ptr(), 4 * q.stride(0), k_cache.data_ptr(),
+        v_cache.data_ptr(), out.data_ptr(), scale * _LOG2_E,
     )  # fmt: skip
-    call = array.array("q", _EMPTY_PLAN + given + _NO_SCRATCH)
-    address = call.buffer_info()[0]
-    cpu.make_plan(1, address)
-    chunk, items, split, cost, status = call[: cpu.STATUS + 1]
-    if status:
-        _refuse(call, query_start_loc, seq_lens)
-    parts = 1 if cost < _SERIAL_COST else min(threads, items)
-    part_floats, partial_floats = _scratch(chunk * (num_heads // num_kv_heads), head_dim)
-    scratch = torch.empty(parts * part_floats + (items * partial_floats if split else 0))
-    call[cpu.SCRATCH] = scratch.data_ptr()
-    call[cpu.SCRATCH_STRIDE] = 4 * part_floats
-    call[cpu.PARTIALS] = scratch.data_ptr() + 4 * parts * part_floats
-    attend(parts, address, scale * _LOG2_E)
-    if call[cpu.STATUS]:
-        _refuse(call, query_start_loc, seq_lens)
-    if split:
-        cpu.merge(1, address)
+    cpu.merge.launch_at(plan.merge_parts, plan.address, out.data_ptr())
+    if is_alone:
+        plan.check()
     return out
-
-
-def _scratch(max_rows: int, head_dim: int) -> tuple[int, int]:
-    """Floats of one part's scratch and of one item's partials."""
-    part_floats = cpu.WORK_FLOATS + max_rows * (3 * head_dim + LANES + 3)
-    return -(-part_floats // LANES) * LANES, max_rows * (head_dim + LANES + 1)
 
 
 def _on_gpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Tensor:
@@ -179,41 +168,9 @@ def _check_strides(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
         raise ValueError("k_cache and v_cache must be contiguous")
 
 
-def _check_tables(block_tables: Tensor, query_start_loc: Tensor, seq_lens: Tensor) -> None:
-    num_requests = block_tables.shape[0]
-    if query_start_loc.shape[0] != num_requests + 1 or seq_lens.shape[0] != num_requests:
-        raise ValueError(
-            f"{num_requests} block tables need {num_requests + 1} starts and {num_requests} "
-            f"lengths, got {query_start_loc.shape[0]} and {seq_lens.shape[0]}"
-        )
-    if not block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int32:
-        raise ValueError("block_tables, query_start_loc and seq_lens must be int32")
-    if block_tables.stride(1) != 1 or not (
-        query_start_loc.is_contiguous() and seq_lens.is_contiguous()
-    ):
-        raise ValueError("block_tables rows, query_start_loc and seq_lens must be dense")
-
-
-def _refuse(call: array.array[int], query_start_loc: Tensor, seq_lens: Tensor) -> NoReturn:
-    status, culprit = call[cpu.STATUS], call[cpu.CULPRIT]
-    if status == cpu.BAD_BLOCK:
-        raise ValueError(
-            f"block_tables names block {culprit}, allowed are 0 to {call[cpu.NUM_BLOCKS] - 1}"
-        )
-    if status == cpu.BAD_LENGTH:
-        raise ValueError(
-            f"seq_lens[{culprit}] must be at least its query length and at most "
-            f"{call[cpu.MAX_KEYS]}, got {int(seq_lens[culprit])}"
-        )
-    raise ValueError(
-        f"query_start_loc must ascend from 0 to {call[cpu.NUM_TOKENS]}, "
-        f"got {query_start_loc.tolist()}"
-    )
-
-
 def kernels(*, cache_dtype: torch.dtype) -> tuple[parallel.Kernel, ...]:
     """What a server calls with this cache dtype."""
-    return (cpu.make_plan, _ATTEND[cache_dtype], cpu.merge)
+    return (make_plan, _ATTEND[cache_dtype], cpu.merge)
 
 
 def warm(*, cache_dtype: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import functools
 
 import torch
@@ -14,7 +13,13 @@ from octavo_kernels.paged_attention import kv_cache_shapes
 from octavo_kernels.rotary_kv_write import cpu
 from octavo_kernels.rotary_kv_write.reference import rotary_kv_write_reference
 
-__all__ = ["kernels", "rotary_kv_write", "rotary_kv_write_reference", "warm"]
+__all__ = [
+    "check_status",
+    "kernels",
+    "rotary_kv_write",
+    "rotary_kv_write_reference",
+    "warm",
+]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INDEX_BYTES = {torch.int32: 4, torch.int64: 8}
@@ -36,6 +41,7 @@ def rotary_kv_write(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    status: Tensor | None = None,
 ) -> Tensor:
     """Optional QK-norm, rotary embedding of q and k, and the write of k and v into the paged cache.
 
@@ -47,6 +53,8 @@ def rotary_kv_write(
     Returns q [T, N, H], a view of qkv. A token's bits depend on that token alone.
     Raises ValueError for shapes, dtypes, positions or slots that do not fit; the cache may then
     hold some of the batch's tokens.
+    status: [1] int64, zero at first: positions and slots that do not fit are noted there, for
+    `check_status` to raise once for many calls.
     On a GPU: other dtypes and both caches [B, K, BLOCK, H]; what does not fit is not written. See
     `octavo_kernels.rotary_kv_write.gpu`, which also has FP8 caches, encoders and other pairs.
     """
@@ -91,7 +99,7 @@ def rotary_kv_write(
             raise ValueError(f"{name} must be contiguous")
     if num_tokens == 0:
         return q
-    status = array.array("q", b"\0" * 8)
+    found = torch.zeros(1, dtype=torch.int64) if status is None else status
     is_small = num_tokens * width < _SERIAL_ELEMENTS
     cpu.rotate_and_write(
         1 if is_small else min(num_tokens, parallel.num_threads()),
@@ -115,17 +123,27 @@ def rotary_kv_write(
         num_blocks,
         0 if q_norm is None else q_norm.data_ptr(),
         0 if k_norm is None else k_norm.data_ptr(),
-        status.buffer_info()[0],
+        found.data_ptr(),
         eps,
     )
-    if status[0] == cpu.BAD_POSITION:
+    if status is None:
+        check_status(found, positions=positions, slots=slots, cos=cos, k_cache=k_cache)
+    return q
+
+
+def check_status(
+    status: Tensor, *, positions: Tensor, slots: Tensor, cos: Tensor, k_cache: Tensor
+) -> None:
+    """Raises ValueError if calls of `rotary_kv_write` on these tensors met what does not fit."""
+    code = int(status)
+    if code == cpu.BAD_POSITION:
         raise ValueError(
             f"positions must be 0 to {cos.shape[0] - 1}, got {int(positions.min())} to "
             f"{int(positions.max())}"
         )
-    if status[0] == cpu.BAD_SLOT:
-        raise ValueError(f"slots must be below {num_blocks * block_size}, got {int(slots.max())}")
-    return q
+    if code == cpu.BAD_SLOT:
+        num_slots = k_cache.shape[0] * k_cache.shape[3]
+        raise ValueError(f"slots must be below {num_slots}, got {int(slots.max())}")
 
 
 @functools.lru_cache(maxsize=256)

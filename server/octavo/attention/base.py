@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,12 +25,21 @@ class SharedPrefixes:
     max_partitions: int  # the host's bound on group_partitions
 
 
+class StepPlan(Protocol):
+    """What a backend made of a step's metadata, for its layers to share."""
+
+    def check(self) -> None:
+        """Raises ValueError for what kernels found wrong with the step's metadata."""
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True, kw_only=True)
 class AttentionMetadata:
     """Where the tokens of one step stand, and where their requests' K/V lie.
 
     Requests are packed one after the other: tokens ``[query_start_loc[r], query_start_loc[r + 1])``
     are request ``r``'s newest, the last of them at position ``seq_lens[r] - 1``.
+    It describes one step: where its tensors' contents change, the next step has metadata of its
+    own, unless all that the layers started is replayed as it was recorded.
     """
 
     positions: Tensor  # [T] int32
@@ -40,6 +49,17 @@ class AttentionMetadata:
     seq_lens: Tensor  # [R] int32, tokens with K/V once this step's are written
     max_query_len: int = 0  # the host's bound on one request's tokens; 0 = all T may be one's
     prefixes: SharedPrefixes | None = None
+    # CPU only: [1] int64, the requests that there are, where the tensors have room for more
+    num_requests: Tensor | None = None
+    plans: dict[Hashable, StepPlan] = field(default_factory=dict, repr=False, compare=False)
+
+    def check(self) -> None:
+        """Raises ValueError for what the layers' kernels found wrong, once they have run.
+
+        What they computed is not to be used then. A backend that checks nothing leaves no plan.
+        """
+        for plan in self.plans.values():
+            plan.check()
 
 
 class KVLayer(NamedTuple):

@@ -119,6 +119,7 @@ class ModelRunner:
     def _compute(self, batch: InputBatch) -> _Results:
         """All results of a batch; changes nothing but K/V slots that nobody has read yet."""
         hidden = self._model.forward(batch.token_ids, batch.attn, self._kv.layers)
+        batch.attn.check()
         found = _Results()
         if self._table.wants_prompt_logprobs[batch.rows].any():
             self._score_prompts(batch, hidden, found)
