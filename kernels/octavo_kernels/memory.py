@@ -42,6 +42,12 @@ def hold(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros, of at least one element, that a recording keeps: for words of status."""
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return hold(torch.frombuffer(bytearray(num_bytes), dtype=dtype).view(*shape))
+
+
 def set_keeper(keeper: Keeper | None) -> None:
     """Begins (or, with None, ends) a recording's say over memory. Not for several threads."""
     global _keeper

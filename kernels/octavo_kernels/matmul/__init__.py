@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from octavo_kernels import memory
 from octavo_kernels.matmul.cpu import gather_kernel, matmul_kernel
 from octavo_kernels.matmul.packed import (
     PACKED_DTYPES,
@@ -56,7 +57,7 @@ def matmul(
     num_rows = x.shape[0]
     shape = (num_rows, n)
     if out is None:
-        out = torch.empty(shape, dtype=torch.float32)
+        out = memory.empty(shape)
     elif not _is_plain(out) or out.shape != shape:
         raise _refusal("out", out, shape)
     bias_at = residual_at = 0
@@ -97,7 +98,8 @@ def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """Rows ids [T] (int32 or int64) of a packed weight, exactly: [T, K] float32.
 
     Lets a tied embedding live only in the head's panels. Raises ValueError for another device or
-    dtype; ids out of range are the caller's error and are checked (a negative id does not wrap).
+    dtype, and for ids out of range (a negative id does not wrap); in a replay of a recording the
+    row of such an id is NaN.
     """
     if not ids.is_cpu:
         raise no_kernel("gather_rows", ids, have=_HAVE_ROWS)
@@ -106,23 +108,26 @@ def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
             f"gather_rows needs ids [T] int32 or int64, got {ids.dtype} {list(ids.shape)}"
         )
     num_rows = ids.shape[0]
-    out = torch.empty((num_rows, weight.k), dtype=torch.float32)
+    out = memory.empty((num_rows, weight.k))
     if num_rows:
-        low, high = ids.aminmax()
-        if int(low) < 0 or int(high) >= weight.n:
-            raise ValueError(
-                f"gather_rows needs ids in [0, {weight.n}), got {int(low)}..{int(high)}"
-            )
-        wide, data = ids.long().contiguous(), weight.data
+        data, status = weight.data, memory.zeros((1,), torch.int64)
         gather_kernel(_NAMES[data.dtype])(
             1 if num_rows < 16 else min(num_rows // 8, _PARTS_PER_THREAD * num_threads()),
             data.data_ptr(),
-            wide.data_ptr(),
+            ids.data_ptr(),
+            ids.stride(0) * ids.itemsize,
+            ids.itemsize,
             out.data_ptr(),
             num_rows,
+            weight.n,
             weight.k,
             data.shape[2],
+            status.data_ptr(),
         )
+        if status.tolist()[0]:
+            raise ValueError(
+                f"gather_rows needs ids in [0, {weight.n}), got {int(ids.min())}..{int(ids.max())}"
+            )
     return out
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
+
 from octavo_kernels.matmul.tile import ITEM_BYTES, make_tiles
 from octavo_kernels.parallel import Kernel, device, kernel
 from octavo_kernels.simd import (
@@ -17,9 +19,11 @@ from octavo_kernels.simd import (
     get_bf16,
     get_f16,
     get_f32,
+    get_i32,
     get_i64,
     load_f32_masked,
     put_f32,
+    put_i64,
     store_f32_masked,
 )
 
@@ -104,6 +108,21 @@ def matmul_kernel(dtype: str, vectors: int) -> Kernel:
     return kernel(body)
 
 
+@device
+def read_id(at: int, num_bytes: int, n: int) -> int:
+    """The id of 4 or 8 bytes at an address, or -1 for one outside [0, n)."""
+    index = get_i64(at) if num_bytes == 8 else get_i32(at)
+    return index if 0 <= index < n else -1
+
+
+@device
+def refuse_row(out: int, k: int, status: int) -> None:
+    """Makes a row of k floats NaN, so that what depends on it is seen to be wrong."""
+    put_i64(status, 1)
+    for i in range(k):
+        put_f32(out + 4 * i, np.float32(np.nan))
+
+
 @cache
 def gather_kernel(dtype: str) -> Kernel:
     """The kernel that reads rows back out of panels, for one weight type."""
@@ -111,10 +130,24 @@ def gather_kernel(dtype: str) -> Kernel:
     item = ITEM_BYTES[dtype]
 
     def body(
-        part: int, num_parts: int, w: int, ids: int, out: int, num_rows: int, k: int, width: int
+        part: int,
+        num_parts: int,
+        w: int,
+        ids: int,
+        id_stride: int,
+        id_bytes: int,
+        out: int,
+        num_rows: int,
+        n: int,
+        k: int,
+        width: int,
+        status: int,
     ) -> None:
         for row in range(part * num_rows // num_parts, (part + 1) * num_rows // num_parts):
-            index = get_i64(ids + 8 * row)
+            index = read_id(ids + id_stride * row, id_bytes, n)
+            if index < 0:
+                refuse_row(out + 4 * row * k, k, status)
+                continue
             source = w + (index // width * k * width + index % width) * item
             for i in range(k):
                 put_f32(out + 4 * (row * k + i), get(source + i * width * item))

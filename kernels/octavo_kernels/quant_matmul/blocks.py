@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from octavo_kernels import memory
 from octavo_kernels.op import no_kernel
 from octavo_kernels.parallel import Kernel, num_threads
 from octavo_kernels.quant_matmul.block_packed import (
@@ -81,7 +82,7 @@ def matmul_blocks(
         raise _refusal("x", x, ("T", weight.k))
     num_rows, n = x.shape[0], weight.n
     if out is None:
-        out = torch.empty((num_rows, n), dtype=torch.float32)
+        out = memory.empty((num_rows, n))
     elif not _is_plain(out, 2) or out.shape != (num_rows, n):
         raise _refusal("out", out, (num_rows, n))
     bias_at = residual_at = 0
@@ -138,7 +139,7 @@ def gated_blocks(
         raise _refusal("x", x, ("T", weight.k))
     num_rows = x.shape[0]
     if out is None:
-        out = torch.empty((num_rows, width), dtype=torch.float32)
+        out = memory.empty((num_rows, width))
     elif not _is_plain(out, 2) or out.shape != (num_rows, width):
         raise _refusal("out", out, (num_rows, width))
     if width % LANES:  # a panel holds both gate and up rows
@@ -147,7 +148,7 @@ def gated_blocks(
     if num_rows:
         path = _supported(path)
         parts, x_at, records = _quantised(x, weight, path, width // LANES)
-        ups = torch.empty(parts * TILE_ROWS[path] * LANES, dtype=torch.float32)
+        ups = memory.empty((parts * TILE_ROWS[path] * LANES,))
         matmul_kernel(weight.kind, path)(
             parts,
             x_at,
@@ -169,7 +170,8 @@ def gather_rows(weight: BlockWeight, ids: Tensor) -> Tensor:
     """Rows ids [T] (int32 or int64) as `dequantise` has them: [T, K] float32.
 
     Lets a tied embedding live only in the head's panels. Raises ValueError for another device or
-    dtype; ids out of range are the caller's error and are checked (a negative id does not wrap).
+    dtype, and for ids out of range (a negative id does not wrap); in a replay of a recording the
+    row of such an id is NaN.
     """
     if not ids.is_cpu:
         raise no_kernel("gather_rows", ids, have=_HAVE_ROWS)
@@ -178,22 +180,25 @@ def gather_rows(weight: BlockWeight, ids: Tensor) -> Tensor:
             f"gather_rows needs ids [T] int32 or int64, got {ids.dtype} {list(ids.shape)}"
         )
     num_rows = ids.shape[0]
-    out = torch.empty((num_rows, weight.k), dtype=torch.float32)
+    out = memory.empty((num_rows, weight.k))
     if num_rows:
-        low, high = ids.aminmax()
-        if int(low) < 0 or int(high) >= weight.n:
-            raise ValueError(
-                f"gather_rows needs ids in [0, {weight.n}), got {int(low)}..{int(high)}"
-            )
-        wide = ids.long().contiguous()
+        status = memory.zeros((1,), torch.int64)
         gather_kernel(weight.kind)(
             1 if num_rows < 16 else min(num_rows // 8, _PARTS_PER_THREAD * num_threads()),
             weight.data.data_ptr(),
-            wide.data_ptr(),
+            ids.data_ptr(),
+            ids.stride(0) * ids.itemsize,
+            ids.itemsize,
             out.data_ptr(),
             num_rows,
+            weight.n,
             weight.k,
+            status.data_ptr(),
         )
+        if status.tolist()[0]:
+            raise ValueError(
+                f"gather_rows needs ids in [0, {weight.n}), got {int(ids.min())}..{int(ids.max())}"
+            )
     return out
 
 
@@ -215,8 +220,8 @@ def _quantised(
     is_alone = num_rows * weight.n * k < _ALONE
     if is_alone or num_rows * k <= _QUANTISE_EACH:
         parts = 1 if is_alone else min(panels, num_threads())
-        return parts, x.data_ptr(), torch.empty(parts * num_bytes, dtype=torch.uint8)
-    records = torch.empty(num_bytes, dtype=torch.uint8)
+        return parts, x.data_ptr(), memory.empty((parts * num_bytes,), torch.uint8)
+    records = memory.empty((num_bytes,), torch.uint8)
     quantise_kernel(FORMATS[weight.kind].zero, TILE_ROWS[path])(
         min(num_rows, num_threads()),
         x.data_ptr(),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba.core import types
 
-from octavo_kernels.matmul.cpu import add_extras
+from octavo_kernels.matmul.cpu import add_extras, read_id, refuse_row
 from octavo_kernels.parallel import Kernel, device, kernel
 from octavo_kernels.quant_matmul.cpu_blocks_tile import (
     BLOCK,
@@ -31,7 +31,6 @@ from octavo_kernels.simd import (
     first_lanes,
     get_f16,
     get_i32,
-    get_i64,
     load_f32,
     load_f32_masked,
     put_f32,
@@ -180,10 +179,25 @@ def gather_kernel(kind: Kind) -> Kernel:
     bits, has_min = form.bits, form.has_min
     codes_per_word, code_mask = 32 // bits, (1 << bits) - 1
 
-    def body(part: int, num_parts: int, w: int, ids: int, out: int, num_rows: int, k: int) -> None:
+    def body(
+        part: int,
+        num_parts: int,
+        w: int,
+        ids: int,
+        id_stride: int,
+        id_bytes: int,
+        out: int,
+        num_rows: int,
+        n: int,
+        k: int,
+        status: int,
+    ) -> None:
         blocks = (k + BLOCK - 1) // BLOCK
         for row in range(part * num_rows // num_parts, (part + 1) * num_rows // num_parts):
-            index = get_i64(ids + 8 * row)
+            index = read_id(ids + id_stride * row, id_bytes, n)
+            if index < 0:
+                refuse_row(out + 4 * row * k, k, status)
+                continue
             source = w + index // LANES * blocks * piece_bytes
             lane = index % LANES
             for block in range(blocks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo_kernels import parallel
+from octavo_kernels import memory, parallel
 from octavo_kernels.op import require_device
 from octavo_kernels.rms_norm import cpu
 from octavo_kernels.rms_norm.reference import rms_norm_reference
@@ -48,7 +48,7 @@ def rms_norm(
         )
     num_rows, dim = x.shape
     if out is None:
-        out = torch.empty(num_rows, dim)
+        out = memory.empty((num_rows, dim))
     for name, tensor in (("x", x), ("residual", residual), ("out", out)):
         if tensor is not None and not (
             tensor.dtype == torch.float32 and tensor.shape == x.shape and tensor.is_contiguous()

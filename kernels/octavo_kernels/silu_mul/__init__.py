@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo_kernels import parallel
+from octavo_kernels import memory, parallel
 from octavo_kernels.op import require_device
 from octavo_kernels.silu_mul import cpu
 from octavo_kernels.silu_mul.reference import (
@@ -71,7 +71,7 @@ def _run(name: str, rows: parallel.Kernel, x: Tensor, out: Tensor | None) -> Ten
         raise ValueError(f"{name} takes contiguous float32 [T, 2F], got {x.dtype} {tuple(x.shape)}")
     num_rows, width = x.shape[0], x.shape[1] // 2
     if out is None:
-        out = torch.empty(num_rows, width)
+        out = memory.empty((num_rows, width))
     elif out.shape != (num_rows, width) or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous float32 {(num_rows, width)}, got {out.dtype} "
