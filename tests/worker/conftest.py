@@ -82,6 +82,8 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
         has_tier = num_host_slots > 0
         transfer = CPUTransfer(kv.layers, num_slots=num_host_slots) if has_tier else NO_TRANSFER
         sampler = Sampler(VOCAB_SIZE)
-        return ModelRunner(used, table=table, kv=kv, sampler=sampler, transfer=transfer)
+        return ModelRunner(
+            used, table=table, kv=kv, sampler=sampler, transfer=transfer, max_num_tokens=512
+        )
 
     return make

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
-from octavo.worker.input_batch import build_input_batch
+from octavo.worker.input_batch import StepBuffers, build_input_batch
 from octavo.worker.request_table import RequestTable
 
 
@@ -40,7 +40,10 @@ def test_batch_is_what_a_loop_would_build(block_size: int, seed: int) -> None:
     table.apply(SchedulerOutput(step=0, new_requests=tuple(requests)))
     order = sorted(work, key=lambda _: rng.random())
     batch = build_input_batch(
-        table, request_ids=order, num_scheduled_tokens=[work[name] for name in order]
+        table,
+        buffers=StepBuffers(table, max_num_tokens=12 * 300),
+        request_ids=order,
+        num_scheduled_tokens=[work[name] for name in order],
     )
     by_id = {r.request_id: r for r in requests}
     tokens, positions, slots, starts, lens, samples, last = [], [], [], [0], [], [], []
@@ -82,5 +85,6 @@ def test_tokens_that_are_not_known_cannot_be_scheduled() -> None:
         params=SamplingParams(),
     )
     table.apply(SchedulerOutput(step=0, new_requests=(new,)))
+    buffers = StepBuffers(table, max_num_tokens=8)
     with pytest.raises(AssertionError, match="past the known tokens"):
-        build_input_batch(table, request_ids=["a"], num_scheduled_tokens=[3])
+        build_input_batch(table, buffers=buffers, request_ids=["a"], num_scheduled_tokens=[3])

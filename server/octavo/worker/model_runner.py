@@ -19,9 +19,10 @@ from octavo.sampling import Sampled, Sampler, SamplingBatch
 from octavo.sampling.logprobs import score_hidden
 from octavo.sampling.sampler import NON_FINITE_MESSAGE
 from octavo.types import ModelOutput, SchedulerOutput, TokenLogprobs
-from octavo.worker.input_batch import InputBatch, build_input_batch
+from octavo.worker.input_batch import InputBatch, StepBuffers, build_input_batch
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import KVTransfer
+from octavo.worker.replays import ForwardReplays
 from octavo.worker.request_table import RequestTable
 
 # Rows of logits that exist at a time: 25 MB for a vocabulary of 49k.
@@ -50,12 +51,15 @@ class ModelRunner:
         kv: KVTensors,
         sampler: Sampler,
         transfer: KVTransfer,
+        max_num_tokens: int,
     ) -> None:
         self._model = model
         self._table = table
         self._kv = kv
         self._sampler = sampler
         self._transfer = transfer
+        self._buffers = StepBuffers(table, max_num_tokens=max_num_tokens)
+        self._forward = ForwardReplays(model, kv_caches=kv.layers, buffers=self._buffers).forward
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelOutput:
@@ -104,7 +108,10 @@ class ModelRunner:
         """Runs a batch and adds to the results, or changes nothing and returns what was raised."""
         try:
             batch = build_input_batch(
-                self._table, request_ids=request_ids, num_scheduled_tokens=counts
+                self._table,
+                buffers=self._buffers,
+                request_ids=request_ids,
+                num_scheduled_tokens=counts,
             )
             found = self._compute(batch)
         except Exception as error:  # whatever it is, it must not take other requests with it
@@ -118,8 +125,7 @@ class ModelRunner:
 
     def _compute(self, batch: InputBatch) -> _Results:
         """All results of a batch; changes nothing but K/V slots that nobody has read yet."""
-        hidden = self._model.forward(batch.token_ids, batch.attn, self._kv.layers)
-        batch.attn.check()
+        hidden = self._forward(batch)
         found = _Results()
         if self._table.wants_prompt_logprobs[batch.rows].any():
             self._score_prompts(batch, hidden, found)

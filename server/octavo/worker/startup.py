@@ -20,6 +20,7 @@ from octavo.worker.request_table import RequestTable
 from octavo.worker.sizing import (
     CachePlan,
     available_memory,
+    max_num_batched_tokens,
     plan_cache,
     usable_cores,
 )
@@ -104,6 +105,9 @@ def make_runner(config: EngineConfig, *, model: Model) -> tuple[CachePlan, Model
         sampler=Sampler(model.spec.vocab_size),
         transfer=(
             CPUTransfer(kv.layers, num_slots=num_host_slots) if num_host_slots else NoTransfer()
+        ),
+        max_num_tokens=max_num_batched_tokens(
+            config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs
         ),
     )
     return plan, runner

@@ -15,7 +15,7 @@ from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepSizes
 from octavo.worker.gpu.table import GpuRequestTable
 from octavo.worker.gpu.upload import Upload, upload_words
-from octavo.worker.input_batch import build_input_batch
+from octavo.worker.input_batch import StepBuffers, build_input_batch
 from octavo.worker.request_table import RequestTable
 from tests.worker.gpu.conftest import DEVICE, make_runtime
 from tests.worker.gpu.test_upload import make_sizes
@@ -118,7 +118,10 @@ def test_batches_are_those_of_the_table_of_the_cpu(seed: int) -> None:
             assert found_batch.num_tokens == found_batch.num_samples == 0
             continue
         want = build_input_batch(
-            rig.cpu, request_ids=list(counts), num_scheduled_tokens=list(counts.values())
+            rig.cpu,
+            buffers=StepBuffers(rig.cpu, max_num_tokens=9999),
+            request_ids=list(counts),
+            num_scheduled_tokens=list(counts.values()),
         )
         assert found_batch.request_ids == list(want.request_ids)
         assert found_batch.query_ends.tolist() == want.attn.query_start_loc[1:].tolist()
