@@ -47,7 +47,7 @@ class _Bench:
             request_ids=list(work),
             num_scheduled_tokens=list(work.values()),
         )
-        hidden = self.replays.forward(batch).clone()
+        hidden = self.replays.forward(batch)[0].clone()
         self.table.num_computed_tokens[batch.rows] += batch.num_scheduled
         return hidden
 
@@ -70,7 +70,7 @@ def test_replays_of_any_batch_are_the_bits_of_the_pass_they_replace(
             # Few sums and many ways to them.
             work = {name: min(left[name], rng.choice([1, 2, 5, 6])) for name in names}
             num_tokens = sum(work.values())
-            num_replayed += num_tokens in replayed.replays._passes
+            num_replayed += (num_tokens, False) in replayed.replays._passes
             assert torch.equal(replayed.forward(work), plain.forward(work)), work
             for name, count in work.items():
                 left[name] -= count
@@ -104,6 +104,8 @@ def test_a_model_that_computes_with_torch_is_run_as_it_stands(
         def forward(self, *args: Any, **options: Any) -> Tensor:
             return model.forward(*args, **options) * 2
 
+        compute_logits = model.compute_logits
+
     doubled, plain = (_Bench(make_runner(num_blocks=20), used) for used in (Doubling(), model))
     with torch.inference_mode():
         for bench in (doubled, plain):
@@ -125,7 +127,7 @@ def test_recordings_are_dropped_beyond_their_room_the_oldest_first(
         monkeypatch.setattr("octavo.worker.replays._MAX_BYTES", bench.replays._num_bytes)
         for count in (1, 3, 3):  # 2 is now the one that was used longest ago
             bench.forward({"a": count})
-        assert sorted(bench.replays._passes) == [1, 3]
+        assert sorted(bench.replays._passes) == [(1, False), (3, False)]
         for count in (2, 2, 1):
             bench.forward({"a": count})
-        assert sorted(bench.replays._passes) == [1, 2]
+        assert sorted(bench.replays._passes) == [(1, False), (2, False)]

@@ -22,11 +22,9 @@ from octavo.types import ModelOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.input_batch import InputBatch, StepBuffers, build_input_batch
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import KVTransfer
-from octavo.worker.replays import ForwardReplays
+from octavo.worker.replays import MAX_LOGITS_ROWS, ForwardReplays
 from octavo.worker.request_table import RequestTable
 
-# Rows of logits that exist at a time: 25 MB for a vocabulary of 49k.
-_SAMPLE_GROUP = 128
 _log = logging.getLogger(__name__)
 
 
@@ -125,13 +123,15 @@ class ModelRunner:
 
     def _compute(self, batch: InputBatch) -> _Results:
         """All results of a batch; changes nothing but K/V slots that nobody has read yet."""
-        hidden = self._forward(batch)
+        hidden, all_logits = self._forward(batch)
         found = _Results()
         if self._table.wants_prompt_logprobs[batch.rows].any():
             self._score_prompts(batch, hidden, found)
-        for start in range(0, len(batch.samples), _SAMPLE_GROUP):
-            group = slice(start, start + _SAMPLE_GROUP)
-            logits = self._model.compute_logits(hidden[batch.last_tokens[group]])
+        for start in range(0, len(batch.samples), MAX_LOGITS_ROWS):
+            group = slice(start, start + MAX_LOGITS_ROWS)
+            logits = all_logits
+            if logits is None:
+                logits = self._model.compute_logits(hidden[batch.last_tokens[group]])
             chosen = batch.samples[group]
             sampled = self._sampler.sample(logits, self._sampling_batch(batch, chosen))
             self._collect(batch, chosen.tolist(), sampled, found)

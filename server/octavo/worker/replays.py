@@ -19,7 +19,11 @@ from octavo_kernels.recording import Arena, Recording, UnrecordableError, record
 
 # Of launches and their arguments: about 50 KB for 30 layers and one number of tokens.
 _MAX_BYTES = 64 << 20
+# Of logits that exist at a time: 25 MB for a vocabulary of 49k.
+MAX_LOGITS_ROWS = 128
 _log = logging.getLogger(__name__)
+
+_Kind = tuple[int, bool]  # number of tokens; whether each has logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +33,15 @@ class _Pass:
     launches: Recording
     attn: AttentionMetadata
     hidden: Tensor
+    logits: Tensor | None
 
 
 class ForwardReplays:
     """Runs a model's forward pass, after the second time for a number of tokens in one native call.
 
     The first time costs what a step costs, so a number of tokens that comes once is not recorded.
-    A replay gives the same bits: it launches the same kernels.
+    A replay gives the same bits: it launches the same kernels. Where every token is one to draw
+    after, as in most steps, logits are part of the pass.
     """
 
     def __init__(self, model: Model, *, kv_caches: Sequence[KVLayer], buffers: StepBuffers) -> None:
@@ -43,47 +49,55 @@ class ForwardReplays:
         self._kv_caches = kv_caches
         self._buffers = buffers
         self._arena = Arena()
-        self._passes: OrderedDict[int, _Pass] = OrderedDict()  # the least recently used first
+        self._passes: OrderedDict[_Kind, _Pass] = OrderedDict()  # the least recently used first
         self._num_bytes = 0
-        self._seen: set[int] = set()
+        self._seen: set[_Kind] = set()
         self._is_able = True
 
     @property
     def num_recorded(self) -> int:
-        """Numbers of tokens that are replayed."""
+        """Kinds of passes that are replayed."""
         return len(self._passes)
 
-    def forward(self, batch: InputBatch) -> Tensor:
+    def forward(self, batch: InputBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden states [T, D] of a batch that lies in the buffers; valid until the next call.
 
-        Raises ValueError for what kernels find wrong with the batch, and what the model raises.
+        With them logits [T, V] where each of few tokens is one to draw after, else None. Raises
+        ValueError for what kernels find wrong with the batch, and what the model raises.
         """
         num_tokens = len(batch.token_ids)
-        found = self._passes.get(num_tokens)
+        kind = num_tokens, num_tokens == len(batch.samples) and num_tokens <= MAX_LOGITS_ROWS
+        found = self._passes.get(kind)
         if found is not None:
-            self._passes.move_to_end(num_tokens)
+            self._passes.move_to_end(kind)
             found.launches.replay()
             found.attn.check()
-            return found.hidden
-        if num_tokens in self._seen and self._is_able:
+            return found.hidden, found.logits
+        if kind in self._seen and self._is_able:
             try:
-                return self._record(num_tokens)
+                return self._record(kind)
             except UnrecordableError as error:
                 self._is_able = False
                 _log.warning("steps are not replayed, which costs time: %s", error)
-        self._seen.add(num_tokens)
-        hidden = self._model.forward(batch.token_ids, batch.attn, self._kv_caches)
+        self._seen.add(kind)
+        hidden, logits = self._run(batch.token_ids, batch.attn, has_logits=kind[1])
         batch.attn.check()
-        return hidden
+        return hidden, logits
 
-    def _record(self, num_tokens: int) -> Tensor:
-        token_ids, attn = self._buffers.of_any_batch(num_tokens)
+    def _run(
+        self, token_ids: Tensor, attn: AttentionMetadata, *, has_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden = self._model.forward(token_ids, attn, self._kv_caches)
+        return hidden, self._model.compute_logits(hidden) if has_logits else None
+
+    def _record(self, kind: _Kind) -> tuple[Tensor, Tensor | None]:
+        token_ids, attn = self._buffers.of_any_batch(kind[0])
         with recording(self._arena) as launches:
-            hidden = self._model.forward(token_ids, attn, self._kv_caches)
+            hidden, logits = self._run(token_ids, attn, has_logits=kind[1])
         attn.check()
-        self._passes[num_tokens] = _Pass(launches=launches, attn=attn, hidden=hidden)
+        self._passes[kind] = _Pass(launches=launches, attn=attn, hidden=hidden, logits=logits)
         self._num_bytes += launches.num_bytes
         while self._num_bytes > _MAX_BYTES and len(self._passes) > 1:
             _, oldest = self._passes.popitem(last=False)
             self._num_bytes -= oldest.launches.num_bytes
-        return hidden
+        return hidden, logits
