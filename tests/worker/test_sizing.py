@@ -80,8 +80,21 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
+def test_hardware_threads_of_one_core_count_once(tmp_path: Path) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    nowhere = tmp_path / "none"
+    assert usable_cores(cgroups=nowhere, cpus=nowhere) == len(allowed)
+    for cpu in allowed:
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text("0-255\n")
+    assert usable_cores(cgroups=nowhere, cpus=tmp_path) == 1
+    (tmp_path / f"cpu{allowed[0]}" / "topology" / "thread_siblings_list").write_text("9,73\n")
+    assert usable_cores(cgroups=nowhere, cpus=tmp_path) == min(2, len(allowed))
+
+
 def test_cores_of_a_container(tmp_path: Path) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores(cgroups=tmp_path)
     assert usable_cores(cgroups=tmp_path) == cores
     assert usable_cores(cgroups=write(tmp_path / "v2", cpu__max="max 100000")) == cores
     assert usable_cores(cgroups=write(tmp_path / "one", cpu__max="150000 100000")) == 1

@@ -21,6 +21,7 @@ _CPU_DEFAULT_BYTES = 4 * GIB
 # holds up every running request for as long as it lasts.
 _CPU_STEP_TOKENS = 256
 _CGROUPS = Path("/sys/fs/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +93,19 @@ def max_num_batched_tokens(wanted: int | None, *, max_num_seqs: int) -> int:
     return wanted if wanted is not None else max(_CPU_STEP_TOKENS, max_num_seqs)
 
 
-def usable_cores(*, cgroups: Path = _CGROUPS) -> int:
-    """Cores that this process may use: its affinity, or its container's quota if smaller."""
+def usable_cores(*, cgroups: Path = _CGROUPS, cpus: Path = _CPUS) -> int:
+    """Physical cores that this process may use: of its affinity, or its container's quota if fewer.
+
+    A core's second hardware thread computes nothing that its first could not: kernels fill a
+    core's units alone.
+    """
     try:
-        cores = len(os.sched_getaffinity(0))
+        allowed = os.sched_getaffinity(0)
     except AttributeError:  # not Linux
         cores = os.cpu_count() or 1
+    else:
+        # CPUs of one core list the same siblings; a CPU of which nothing is known is a core.
+        cores = len({_text(cpus / f"cpu{i}/topology/thread_siblings_list") or i for i in allowed})
     for folder in _own_cgroups(cgroups):
         quota = _cpu_quota(folder)
         if quota is not None:
