@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,6 +58,25 @@ def cpu_seconds(pid: int) -> dict[str, float]:
             fields = stat_fields(text)
             used[f"{each}/{task.parent.name} {name}"] = (int(fields[11]) + int(fields[12])) / _TICKS
     return used
+
+
+class OtherCores:
+    """How busy processes other than this one have kept the machine since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._times()
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        first = Path("/proc/stat").read_text().splitlines()[0].split()[1:8]
+        user, nice, system, _, _, irq, softirq = map(int, first)
+        busy = (user + nice + system + irq + softirq) / _TICKS
+        return time.monotonic(), busy, time.process_time()
+
+    def busy(self) -> float:
+        """In cores, on average."""
+        wall, busy, own = (now - then for now, then in zip(self._times(), self._start, strict=True))
+        return round(max(0.0, busy - own) / max(wall, 1e-3), 2)
 
 
 def send_all(pids: Iterable[int], number: signal.Signals) -> None:
