@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -11,12 +12,18 @@ from octavo_kernels.shape import ModelShape
 
 if TYPE_CHECKING:
     from octavo_kernels.launch import Launch
+    from octavo_kernels.quant_matmul.blocks import Kind
 
 __all__ = ["ModelShape", "kernels", "launches", "num_threads", "set_num_threads", "warm"]
 
 
-def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kernel]:
-    """Every CPU kernel that a server with these dtypes calls; compiles none."""
+def kernels(
+    *, weight_dtype: torch.dtype, cache_dtype: torch.dtype, block_kinds: Sequence[Kind] = ()
+) -> list[Kernel]:
+    """Every CPU kernel that a server with these dtypes calls; compiles none.
+
+    block_kinds: those that its matrices are made of, in place of weight_dtype.
+    """
     # Here, so that whoever needs one op (or only a spec) does not import all of them.
     from octavo_kernels import (
         block_copy,
@@ -30,8 +37,8 @@ def kernels(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kern
     )
     from octavo_kernels.quant_matmul import blocks
 
-    is_int8 = weight_dtype == torch.int8
-    multiplying = blocks.kernels("q8_0") if is_int8 else matmul.kernels(weight_dtype)
+    of_blocks = [kernel for kind in block_kinds for kernel in blocks.kernels(kind)]
+    multiplying = list(dict.fromkeys(of_blocks)) if block_kinds else matmul.kernels(weight_dtype)
     found = [*multiplying, *paged_attention.kernels(cache_dtype=cache_dtype)]
     for op in (block_copy, block_move, rms_norm, rotary_kv_write, sampling, silu_mul):
         found += op.kernels()

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +26,9 @@ import octavo_kernels
 from octavo_kernels import parallel
 from octavo_kernels.machine_code import is_any_writable
 from octavo_kernels.parallel import Kernel
+
+if TYPE_CHECKING:
+    from octavo_kernels.quant_matmul.blocks import Kind
 
 _log = logging.getLogger("octavo_kernels.precompile")  # not __name__, which may be __main__
 
@@ -45,20 +49,22 @@ _LONGEST_SECONDS = 180.0  # that a process may take, and that anyone waits for i
 
 
 @contextmanager
-def precompiled(*, weight_dtype: torch.dtype, cache_dtype: torch.dtype) -> Iterator[None]:
+def precompiled(
+    *, weight_dtype: torch.dtype, cache_dtype: torch.dtype, block_kinds: Sequence[Kind] = ()
+) -> Iterator[None]:
     """While the block runs, other processes compile what the cache lacks; its end waits for them.
 
     An exception in the block ends them. Starts none where all is cached, where only one thread
     may be used or where no directory can be written. Never raises by itself.
     """
-    missing = [
-        kernel
-        for kernel in octavo_kernels.kernels(weight_dtype=weight_dtype, cache_dtype=cache_dtype)
-        if not kernel.is_cached
-    ]
+    needed = octavo_kernels.kernels(
+        weight_dtype=weight_dtype, cache_dtype=cache_dtype, block_kinds=block_kinds
+    )
+    missing = [kernel for kernel in needed if not kernel.is_cached]
     dtypes = [str(dtype).removeprefix("torch.") for dtype in (weight_dtype, cache_dtype)]
+    numbers = [*dtypes, ",".join(block_kinds)]
     deadline = time.monotonic() + _LONGEST_SECONDS
-    processes = _start(missing, dtypes) if missing else []
+    processes = _start(missing, numbers) if missing else []
     try:
         yield
         if processes:
@@ -90,7 +96,7 @@ def _shares(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
     return shares
 
 
-def _start(missing: Sequence[Kernel], dtypes: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+def _start(missing: Sequence[Kernel], numbers: Sequence[str]) -> list[subprocess.Popen[bytes]]:
     durations = [_seconds(kernel) for kernel in missing]
     total = sum(durations)
     # More processes would only wait for the longest kernel.
@@ -108,7 +114,7 @@ def _start(missing: Sequence[Kernel], dtypes: Sequence[str]) -> list[subprocess.
     processes = []
     for share in shares:
         try:
-            processes.append(_launch([*dtypes, *(kernel.name for kernel in share)]))
+            processes.append(_launch([*numbers, *(kernel.name for kernel in share)]))
         except OSError as error:
             _log.info("no process could be started to compile kernels: %s", error)
             break
@@ -135,12 +141,16 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compiles and keeps kernels: weight dtype, cache dtype, then the kernels' names, in order."""
+    """Compiles and keeps kernels: weight dtype, cache dtype, kinds of blocks with commas between,
+    then the kernels' names, in order."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     weight_dtype, cache_dtype = (getattr(torch, name) for name in arguments[:2])
-    known = octavo_kernels.kernels(weight_dtype=weight_dtype, cache_dtype=cache_dtype)
+    kinds: Any = tuple(filter(None, arguments[2].split(",")))
+    known = octavo_kernels.kernels(
+        weight_dtype=weight_dtype, cache_dtype=cache_dtype, block_kinds=kinds
+    )
     by_name = {kernel.name: kernel for kernel in known}
-    for name in arguments[2:]:
+    for name in arguments[3:]:
         assert by_name[name].address
 
 

@@ -67,8 +67,10 @@ class ModelConfig:
         "auto", "dummy makes random weights from config.json alone"
     )
     dtype: DType = _opt("auto", "of weights; auto is float32 on CPU, bfloat16 on GPU")
-    quantization: Literal["none", "int8"] = _opt(
-        "none", "of weights, on CPU: int8 codes with a scale for every 32, and activations likewise"
+    quantization: Literal["auto", "none", "int8", "int4", "gguf"] = _opt(
+        "auto",
+        "of weights, on CPU: blocks of 32 codes of 8 or 4 bits, or gguf: a GGUF file's own blocks. "
+        "auto is gguf where the file has such, else int8, and none where a dtype is given",
     )
     device: Literal["auto", "cpu", "cuda"] = _opt("auto", "where the model runs")
     max_model_len: int | None = _opt(
@@ -99,7 +101,9 @@ class CacheConfig:
     """The paged K/V cache."""
 
     block_size: int = _opt(16, "tokens per K/V block", choices=(16, 32, 64, 128))
-    kv_cache_dtype: DType = _opt("auto", "of cached K and V; auto is the model's dtype")
+    kv_cache_dtype: DType = _opt(
+        "auto", "of cached K and V; auto is the model's dtype, float16 beside quantised weights"
+    )
     kv_cache_memory_bytes: int | None = _opt(
         None, "bytes of the K/V cache (also 2GiB, 512MiB); default from free memory", minimum=1
     )

@@ -252,7 +252,7 @@ class EngineInfo:
     model: str
     architecture: str
     device: str
-    dtype: str
+    dtype: str  # of the weights that are not quantised, and of activations
     kv_cache_dtype: str
     vocab_size: int
     max_model_len: int
@@ -260,6 +260,7 @@ class EngineInfo:
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    quantization: str = "none"  # or how, and into which blocks: gguf (q4_1, q8_0)
     num_host_slots: int = 0  # K/V blocks that the host tier can hold
     num_threads: int = 0  # CPU threads that compute; 0 = not told
     eos_token_ids: tuple[int, ...] = ()

@@ -86,7 +86,7 @@ def test_greedy_generate_equals_transformers(
     reference: torch.nn.Module, real_prompts: list[str]
 ) -> None:
     """The same by transformers' own decoding loop, on a few prompts."""
-    llm = LLM(device="cpu", max_model_len=1024, num_gpu_blocks_override=256)
+    llm = LLM(device="cpu", quantization="none", max_model_len=1024, num_gpu_blocks_override=256)
     for prompt in real_prompts[:40:11]:
         prompt = prompt[:800]
         answer = llm.generate(prompt, temperature=0, max_tokens=32, ignore_eos=True)[0]

@@ -42,8 +42,10 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_stacked_linear(pieces: int, bias: bool, platform: Platform) -> None:
     parts = {"q": 50, "k": 1, "v": 19}
-    linear = Linear(40, parts=parts, bias=bias, platform=platform, dtype=torch.float32)
-    slots = linear.slots("attn.")
+    linear = Linear(
+        40, prefix="attn.", parts=parts, bias=bias, platform=platform, dtype=torch.float32
+    )
+    slots = linear.slots()
     assert list(slots)[0] == "attn.q.weight" and len(slots) == (6 if bias else 3)
     assert slots["attn.v.weight"].shape == (19, 40)
     assert linear.num_bytes >= 4 * (70 * 40 + (70 if bias else 0))
@@ -68,8 +70,8 @@ def test_stacked_linear(pieces: int, bias: bool, platform: Platform) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_embedding_is_its_own_head(dtype: torch.dtype, platform: Platform) -> None:
-    embedding = TokenEmbedding(101, hidden_size=24, platform=platform, dtype=dtype)
-    table = fill(embedding.slots("embed"))["embed.weight"].to(dtype)
+    embedding = TokenEmbedding(101, name="embed", hidden_size=24, platform=platform, dtype=dtype)
+    table = fill(embedding.slots())["embed.weight"].to(dtype)
     ids = torch.tensor([0, 100, 50, 50])
     rows = embedding.embed(ids.to(platform.device))
     assert torch.equal(rows.cpu().float(), table[ids].float())
@@ -96,8 +98,10 @@ def test_rms_norm(platform: Platform) -> None:
 
 
 def test_gated_mlp(platform: Platform) -> None:
-    mlp = GatedMLP(16, intermediate_size=30, bias=True, platform=platform, dtype=torch.float32)
-    values = {k.split(".", 1)[1]: v.double() for k, v in fill(mlp.slots("mlp.")).items()}
+    mlp = GatedMLP(
+        16, prefix="mlp.", intermediate_size=30, bias=True, platform=platform, dtype=torch.float32
+    )
+    values = {k.split(".", 1)[1]: v.double() for k, v in fill(mlp.slots()).items()}
     x, residual = torch.randn(3, 16), torch.randn(3, 16)
 
     def apply(name: str, value: Tensor) -> Tensor:

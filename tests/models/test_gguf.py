@@ -16,7 +16,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from octavo.models import Model
+from octavo.checkpoint import resolve
+from octavo.config import ModelConfig
+from octavo.models import Model, load_model, loader, weights
+from octavo.models.decoder import Decoder
+from octavo.platforms.cpu import CPUBlockWeight, CPUPlatform
+from octavo.platforms.quantization import choose
+from octavo_kernels.quant_matmul.block_packed import BlockWeight, dequantise
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 272,
@@ -66,8 +72,11 @@ def export(
     kind: Q,
     extra: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
+    kinds: Mapping[str, Q] | None = None,
 ) -> None:
-    """Writes ``model`` as GGUF and sets its weights to what the file then holds."""
+    """Writes ``model`` as GGUF and sets its weights to what the file then holds.
+
+    ``kinds``: of tensors whose names hold a word, where that is not ``kind``."""
     config, rng = model.config, np.random.default_rng(1)
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(config.num_hidden_layers)
@@ -101,13 +110,14 @@ def export(
         if values.ndim == 1:
             writer.add_tensor(file_name, values[order])
             continue
-        raw = stored(values[order], kind, rng)
+        its_kind = next((k for word, k in (kinds or {}).items() if word in name), kind)
+        raw = stored(values[order], its_kind, rng)
         if raw.dtype == np.uint8:
-            writer.add_tensor(file_name, raw, raw_dtype=kind)
+            writer.add_tensor(file_name, raw, raw_dtype=its_kind)
         else:
             writer.add_tensor(file_name, raw)
         held = np.empty_like(values)
-        held[order] = gguf.quants.dequantize(raw, kind)
+        held[order] = gguf.quants.dequantize(raw, its_kind)
         parameter.copy_(torch.from_numpy(held))
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values)
@@ -216,6 +226,113 @@ def test_llama3_scaling_comes_as_a_tensor(
     export(theirs, tmp_path / "m.gguf", arch="llama", kind=Q.F32, tensors=factors)
     (logits,) = chunked(load(tmp_path / "m.gguf"), [PROMPT], chunks=(4,), dtype=torch.float32)
     assert_same_logits(theirs, logits)
+
+
+def blocks_of(path: Path, mode: str) -> tuple[dict[str, BlockWeight], CPUPlatform]:
+    """The stacks of a model's only layer and its token tables, as kept with ``--quantization``."""
+    config = ModelConfig(model=str(path), quantization=mode)  # type: ignore[arg-type]
+    files = resolve(config)
+    platform = CPUPlatform(choose(config, files=files))
+    model = load_model(files, files.spec, platform=platform, dtype=torch.float32)
+    assert isinstance(model, Decoder)
+    layer = model.layers[0]
+    parts = {
+        "qkv": layer.attention.qkv,
+        "output": layer.attention.output,
+        "gate_up": layer.mlp.gate_up,
+        "down": layer.mlp.down,
+        "embedding": model.embedding,
+        "head": model.head,
+    }
+    found = {name: part.weight for name, part in parts.items()}
+    return {name: w._packed for name, w in found.items() if isinstance(w, CPUBlockWeight)}, platform
+
+
+def stacks(model: Any) -> dict[str, torch.Tensor]:
+    """The same of transformers' model."""
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    return {
+        "qkv": torch.cat(
+            [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        ),
+        "output": attention.o_proj.weight,
+        "gate_up": torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        "down": mlp.down_proj.weight,
+        "embedding": model.model.embed_tokens.weight,
+        "head": model.lm_head.weight,
+    }
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q4_1, Q.Q8_0])
+def test_blocks_are_kept_as_they_are(
+    kind: Q,
+    arch: str,
+    tmp_path: Path,
+    reference: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the bit, q and k with their rows in the original order, and never through floats."""
+    theirs = reference(ARCHITECTURES[arch][0](**SHAPE))
+    export(theirs, tmp_path / "m.gguf", arch=arch, kind=kind)
+    read = weights._dequantised
+
+    def floats(*args: Any, tensor: Any, **kwargs: Any) -> torch.Tensor:
+        assert len(tensor.shape) == 1, f"{tensor.name} becomes floats"
+        return read(*args, tensor=tensor, **kwargs)
+
+    monkeypatch.setattr(weights, "_dequantised", floats)
+    monkeypatch.setattr(loader, "_CHUNK", 5000)
+    for mode in ("auto", "gguf"):
+        kept, platform = blocks_of(tmp_path / "m.gguf", mode)
+        assert {w.kind for w in kept.values()} == {kind.name.lower()} and not platform.changed
+        for name, expected in stacks(theirs).items():
+            assert torch.equal(dequantise(kept[name]), expected), name
+
+
+def test_what_cannot_be_kept_is_made_of_floats_and_listed(
+    tmp_path: Path, reference: Callable[..., Any]
+) -> None:
+    theirs = reference(LlamaConfig(**SHAPE))
+    kinds = {"v_proj": Q.Q6_K, "o_proj": Q.F16, "lm_head": Q.Q8_0, "up_proj": Q.Q4_0}
+    export(theirs, tmp_path / "m.gguf", arch="llama", kind=Q.Q4_1, kinds=kinds)
+    kept, platform = blocks_of(tmp_path / "m.gguf", "auto")
+    assert {name: w.kind for name, w in kept.items()} == {
+        "qkv": "q8_0",  # of three types
+        "output": "q8_0",
+        "gate_up": "q8_0",  # of two
+        "down": "q4_1",
+        "embedding": "q4_1",
+        "head": "q8_0",
+    }
+    assert [name.removeprefix("model.layers.0.") for name in platform.changed] == [
+        "self_attn.q_proj.weight (Q4_1)",
+        "self_attn.k_proj.weight (Q4_1)",
+        "self_attn.v_proj.weight (Q6_K)",
+        "self_attn.o_proj.weight (F16)",
+        "mlp.gate_proj.weight (Q4_1)",
+        "mlp.up_proj.weight (Q4_0)",
+    ]
+    for name, expected in stacks(theirs).items():
+        error = (dequantise(kept[name]) - expected).abs().max() / expected.abs().max()
+        assert error <= (0.01 if kept[name].kind == "q8_0" else 0), name
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("int8", "q8_0"), ("int4", "q4_1")])
+def test_floats_become_blocks(
+    mode: str, kind: str, tmp_path: Path, reference: Callable[..., Any]
+) -> None:
+    theirs = reference(LlamaConfig(**SHAPE))
+    export(theirs, tmp_path / "m.gguf", arch="llama", kind=Q.F16)
+    kept, platform = blocks_of(tmp_path / "m.gguf", mode)
+    tables = ("embedding", "head")
+    assert {w.kind for name, w in kept.items() if name not in tables} == {kind}
+    assert {w.kind for name, w in kept.items() if name in tables} == {"q8_0"}
+    assert not platform.changed
+    for name, expected in stacks(theirs).items():
+        error = (dequantise(kept[name]) - expected).abs().max() / expected.abs().max()
+        assert error <= (0.01 if kept[name].kind == "q8_0" else 0.08), name
 
 
 def test_truncated_after_conversion(

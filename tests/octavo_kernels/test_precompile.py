@@ -94,7 +94,7 @@ def test_a_cold_cache_is_filled_and_then_only_loaded(
     assert "compiling CPU kernels for this machine, once: about" in caplog.text
     assert "ended early" not in caplog.text
     assert len(started) == 2
-    names = [name for arguments in started for name in arguments[2:]]
+    names = [name for arguments in started for name in arguments[3:]]
     assert sorted(names) == sorted(kernel.name for kernel in few_kernels())
     assert all(kernel.is_cached for kernel in few_kernels())
     assert compiled_here(few_kernels(), monkeypatch) == 0
@@ -173,7 +173,7 @@ def test_nothing_is_started_for_one_thread_or_without_a_place(
 
 def test_a_process_ends_with_the_one_that_started_it(folder: Path) -> None:
     names = [kernel.name for kernel in octavo_kernels.kernels(**DTYPES)]
-    process = precompile._launch(["float32", "float32", *names])
+    process = precompile._launch(["float32", "float32", "", *names])
     assert process.stdin is not None
     process.stdin.close()  # what the system does when the parent is gone
     assert process.wait(30) == 3

@@ -58,16 +58,35 @@ def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: boo
     assert (info.num_blocks, info.max_model_len, info.block_size) == (20, 256, 16)
     assert (info.max_num_seqs, info.max_num_batched_tokens) == (4, 256)
     assert (info.architecture, info.vocab_size) == ("LlamaForCausalLM", 300)
-    assert info.dtype == info.kv_cache_dtype == ("float32" if dtype == "auto" else dtype)
+    if dtype == "auto":
+        assert (info.quantization, info.dtype) == ("int8 (q8_0)", "float32")
+        assert info.kv_cache_dtype == "float16"
+    else:
+        assert (info.quantization, info.dtype, info.kv_cache_dtype) == ("none", dtype, dtype)
     assert (info.device, info.num_threads, parallel.num_threads()) == ("cpu", 2, 2)
     assert list(info.phases) == ["import", "resolve", "load", "cache", "warm"]
     assert info.eos_token_ids == (1,)
 
 
-def test_quantised_weights_are_told_and_need_no_other_kernels(model_folder: Path) -> None:
-    executor, info = build_worker(config(model_folder, quantization="int8"))
+@pytest.mark.parametrize(
+    ("quantization", "cached", "told", "kept"),
+    [
+        ("none", "auto", "none", "float32"),
+        ("int8", "auto", "int8 (q8_0)", "float16"),
+        ("int4", "auto", "int4 (q4_1, q8_0)", "float16"),
+        ("int4", "float32", "int4 (q4_1, q8_0)", "float32"),
+    ],
+)
+def test_quantisation_is_told(
+    model_folder: Path, quantization: str, cached: Any, told: str, kept: str
+) -> None:
+    wanted = dataclasses.replace(
+        config(model_folder, quantization=quantization),
+        cache=CacheConfig(num_gpu_blocks_override=20, kv_cache_dtype=cached),
+    )
+    executor, info = build_worker(wanted)
     executor.close()
-    assert (info.dtype, info.kv_cache_dtype) == ("int8", "float32")
+    assert (info.quantization, info.dtype, info.kv_cache_dtype) == (told, "float32", kept)
 
 
 def test_equal_seeds_make_equal_random_models(model_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
+import json
 import sys
 from octavo_kernels import parallel
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -18,7 +20,8 @@ from octavo.types import BlockCopy, NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.worker import build_worker
 
 executor, info = build_worker(EngineConfig(
-    model=ModelConfig(model=sys.argv[1], load_format="dummy", dtype=sys.argv[2], num_threads=2),
+    model=ModelConfig(model=sys.argv[1], load_format="dummy", num_threads=2,
+                      **json.loads(sys.argv[2])),
     cache=CacheConfig(num_gpu_blocks_override=600),
     scheduler=SchedulerConfig(async_scheduling=False),
 ))
@@ -55,11 +58,13 @@ print("nothing was compiled")
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_is_compiled_after_start_up(model_folder: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantization": "int4"}]
+)
+def test_nothing_is_compiled_after_start_up(model_folder: Path, options: dict[str, str]) -> None:
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("server", "kernels"))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model_folder), dtype],
+        [sys.executable, "-c", PROGRAM, str(model_folder), json.dumps(options)],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -26,6 +26,7 @@ def routes(front: Front) -> APIRouter:
             "root": front.model.model or front.engine.info.model,
             "parent": None,
             "max_model_len": front.engine.info.max_model_len,
+            "quantization": front.engine.info.quantization,
             "permission": [],
         }
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from octavo.checkpoint.cache import cached_folder
 from octavo.checkpoint.default_model import DEFAULT_MODEL_NAME, default_model_path
-from octavo.checkpoint.gguf_config import config_from_metadata, generation_config_from_metadata
-from octavo.checkpoint.gguf_file import GGUFFile, GGUFTensor, fingerprint
+from octavo.checkpoint.gguf_config import (
+    checkpoint_name,
+    config_from_metadata,
+    generation_config_from_metadata,
+)
+from octavo.checkpoint.gguf_file import QUANT_TYPES, GGUFFile, GGUFTensor, fingerprint
 from octavo.checkpoint.gguf_tokenizer import (
     dummy_tokenizer,
     tokenizer_config_from_metadata,
@@ -26,7 +30,7 @@ from octavo.checkpoint.hub import download, is_hub_id
 from octavo.config import ModelConfig
 
 # Raised when the conversion changes, so that older conversions are not read.
-_CONVERSION = "v1"
+_CONVERSION = "v2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -41,6 +45,8 @@ class ModelFiles:
     weights: tuple[Path, ...]
     format: Literal["safetensors", "gguf", "dummy"]
     tokenizer_dir: Path  # tokenizer.json, tokenizer_config.json, chat_template.jinja
+    # Hugging Face's name of each matrix of a GGUF file -> its type, such as Q4_1
+    weight_types: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spec(self) -> ModelSpec:
@@ -98,12 +104,14 @@ def _from_file(path: Path, *, name: str, config: ModelConfig) -> ModelFiles:
 
     kind = "" if config.tokenizer is None else "-without-tokenizer"
     folder = cached_folder(f"gguf/{fingerprint(path)}-{_CONVERSION}{kind}", build=convert)
+    is_dummy = config.load_format == "dummy"
     return ModelFiles(
         name=name,
         config=_read_json(folder / "config.json"),
         generation_config=_read_json(folder / "generation_config.json"),
-        weights=weights if config.load_format != "dummy" else (),
-        format="dummy" if config.load_format == "dummy" else "gguf",
+        weights=() if is_dummy else weights,
+        weight_types={} if is_dummy else _read_json(folder / "weight_types.json"),
+        format="dummy" if is_dummy else "gguf",
         tokenizer_dir=folder if config.tokenizer is None else _named_tokenizer(config),
     )
 
@@ -133,6 +141,7 @@ def _convert_gguf(weights: tuple[Path, ...], *, folder: Path, with_tokenizer: bo
         made = {
             "config.json": config_from_metadata(metadata, tensors),
             "generation_config.json": generation_config_from_metadata(metadata),
+            "weight_types.json": _weight_types(tensors.values()),
         }
         if with_tokenizer:
             made["tokenizer.json"] = tokenizer_from_metadata(metadata)
@@ -142,6 +151,15 @@ def _convert_gguf(weights: tuple[Path, ...], *, folder: Path, with_tokenizer: bo
     for file_name, content in made.items():
         text = json.dumps(content, ensure_ascii=False)
         (folder / file_name).write_text(text, encoding="utf-8")
+
+
+def _weight_types(tensors: Iterable[GGUFTensor]) -> dict[str, str]:
+    """Of matrices. One of a type that cannot be read is refused by name when it is loaded."""
+    return {
+        checkpoint_name(tensor.name): QUANT_TYPES[tensor.type_id].name
+        for tensor in tensors
+        if len(tensor.shape) == 2 and tensor.type_id in QUANT_TYPES
+    }
 
 
 def _from_folder(folder: Path, *, name: str, config: ModelConfig) -> ModelFiles:

@@ -180,6 +180,7 @@ def _decisions(config: EngineConfig, info: EngineInfo) -> str:
     lines = [
         f"Octavo {__version__}",
         f"  model    {info.model} ({info.architecture}), {info.dtype} on {info.device}{threads}",
+        f"  weights  {_weights(config, info)}",
         f"  cache    {info.num_blocks:,} blocks of {info.block_size} tokens: {tokens:,} tokens of "
         f"K/V in {info.kv_cache_dtype}, prefix caching {caching}",
         f"  context  {info.max_model_len:,} tokens",
@@ -188,6 +189,17 @@ def _decisions(config: EngineConfig, info: EngineInfo) -> str:
         f"  start    {phases or 'nothing to load'}",
     ]
     return "\n".join(lines)
+
+
+def _weights(config: EngineConfig, info: EngineInfo) -> str:
+    """What they are, why, and how to get the exact ones."""
+    mode, wanted = info.quantization.partition(" ")[0], config.model.quantization
+    if mode == "none":
+        return f"not quantised, as asked for: {info.dtype}" if wanted == "none" else info.dtype
+    reason = "as asked for"
+    if wanted == "auto":
+        reason = "as in the file" if mode == "gguf" else "the fastest that holds its quality"
+    return f"{info.quantization}, {reason}; exact with --quantization none"
 
 
 def _url(server: ServerConfig, listener: socket.socket) -> str:

@@ -23,6 +23,7 @@ class SelfAttention:
         self,
         hidden_size: int,
         *,
+        prefix: str,
         layer: AttentionLayer,
         qk_norm: bool,
         qkv_bias: bool,
@@ -36,10 +37,12 @@ class SelfAttention:
                 platform.vector(layer.head_dim, dtype=dtype, value=1.0) for _ in range(2)
             )
             layer = replace(layer, q_norm=q_norm, k_norm=k_norm)
+        self._prefix = prefix
         self.layer = layer
         self.backend = platform.attention
         self.qkv = Linear(
             hidden_size,
+            prefix=prefix,
             parts={"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=qkv_bias,
             platform=platform,
@@ -47,6 +50,7 @@ class SelfAttention:
         )
         self.output = Linear(
             q_size,
+            prefix=prefix,
             parts={"o_proj": hidden_size},
             bias=output_bias,
             platform=platform,
@@ -69,9 +73,9 @@ class SelfAttention:
             + sum(norm.nbytes for norm in norms if norm is not None)
         )
 
-    def slots(self, prefix: str) -> dict[str, WeightSlot]:
-        slots = {**self.qkv.slots(prefix), **self.output.slots(prefix)}
+    def slots(self) -> dict[str, WeightSlot]:
+        slots = {**self.qkv.slots(), **self.output.slots()}
         for name, weight in (("q_norm", self.layer.q_norm), ("k_norm", self.layer.k_norm)):
             if weight is not None:
-                slots[f"{prefix}{name}.weight"] = vector_slot(weight, kind="norm")
+                slots[f"{self._prefix}{name}.weight"] = vector_slot(weight, kind="norm")
         return slots

@@ -13,13 +13,21 @@ from octavo.platforms.base import Platform
 class TokenEmbedding:
     """Table of one vector per token; read by id on the way in, multiplied on the way out.
 
-    A tied head is this same object, so the table is stored once.
+    A tied head is this same object, so the table is stored once. In the checkpoint it is
+    ``{name}.weight``.
     """
 
     def __init__(
-        self, vocab_size: int, *, hidden_size: int, platform: Platform, dtype: torch.dtype
+        self,
+        vocab_size: int,
+        *,
+        name: str,
+        hidden_size: int,
+        platform: Platform,
+        dtype: torch.dtype,
     ) -> None:
-        self.weight = platform.table(vocab_size, hidden_size, dtype=dtype)
+        self._name = f"{name}.weight"
+        self.weight = platform.table(vocab_size, hidden_size, dtype=dtype, names=[self._name])
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """[T] int32 or int64 -> [T, D]."""
@@ -33,5 +41,5 @@ class TokenEmbedding:
     def num_bytes(self) -> int:
         return self.weight.num_bytes
 
-    def slots(self, name: str) -> dict[str, WeightSlot]:
-        return {f"{name}.weight": matrix_slot(self.weight)}
+    def slots(self) -> dict[str, WeightSlot]:
+        return {self._name: matrix_slot(self.weight)}

@@ -14,22 +14,29 @@ from octavo.platforms.base import Platform, Weight
 class Linear:
     """``y = x W^T + b`` whose rows are several checkpoint tensors stacked: q, k and v, say.
 
-    ``parts``: checkpoint name -> output features, in order of the output.
+    ``parts``: checkpoint name -> output features, in order of the output; in the checkpoint the
+    names stand behind ``prefix``.
     """
 
     def __init__(
         self,
         in_features: int,
         *,
+        prefix: str,
         parts: Mapping[str, int],
         bias: bool,
         platform: Platform,
         dtype: torch.dtype,
     ) -> None:
         self.in_features = in_features
-        self.parts = dict(parts)
+        self.parts = {f"{prefix}{name}": size for name, size in parts.items()}
         out_features = sum(self.parts.values())
-        self.weight = platform.weight(out_features, in_features, dtype=dtype)
+        self.weight = platform.weight(
+            out_features,
+            in_features,
+            dtype=dtype,
+            names=[f"{name}.weight" for name in self.parts],
+        )
         self.bias = platform.vector(out_features, dtype=dtype) if bias else None
 
     def __call__(self, x_TD: Tensor, *, residual: Tensor | None = None) -> Tensor:
@@ -44,14 +51,14 @@ class Linear:
     def num_bytes(self) -> int:
         return self.weight.num_bytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def slots(self, prefix: str) -> dict[str, WeightSlot]:
+    def slots(self) -> dict[str, WeightSlot]:
         """Checkpoint name -> slot, as ``{prefix}{part}.weight`` and ``.bias``."""
         slots: dict[str, WeightSlot] = {}
         offset = 0
         for name, size in self.parts.items():
-            slots[f"{prefix}{name}.weight"] = matrix_slot(self.weight, offset=offset, size=size)
+            slots[f"{name}.weight"] = matrix_slot(self.weight, offset=offset, size=size)
             if self.bias is not None:
-                slots[f"{prefix}{name}.bias"] = vector_slot(
+                slots[f"{name}.bias"] = vector_slot(
                     self.bias, kind="bias", offset=offset, size=size
                 )
             offset += size
@@ -64,4 +71,5 @@ def matrix_slot(weight: Weight, *, offset: int = 0, size: int | None = None) -> 
     def write(rows: Tensor, start: int) -> None:
         weight.write(rows, offset + start)
 
-    return WeightSlot(shape=(weight.n if size is None else size, weight.k), write=write)
+    shape = (weight.n if size is None else size, weight.k)
+    return WeightSlot(shape=shape, write=write, block_kind=weight.block_kind)

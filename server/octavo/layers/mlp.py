@@ -17,6 +17,7 @@ class GatedMLP:
         self,
         hidden_size: int,
         *,
+        prefix: str,
         intermediate_size: int,
         bias: bool,
         platform: Platform,
@@ -24,6 +25,7 @@ class GatedMLP:
     ) -> None:
         self.gate_up = Linear(
             hidden_size,
+            prefix=prefix,
             parts={"gate_proj": intermediate_size, "up_proj": intermediate_size},
             bias=bias,
             platform=platform,
@@ -31,6 +33,7 @@ class GatedMLP:
         )
         self.down = Linear(
             intermediate_size,
+            prefix=prefix,
             parts={"down_proj": hidden_size},
             bias=bias,
             platform=platform,
@@ -45,5 +48,5 @@ class GatedMLP:
     def num_bytes(self) -> int:
         return self.gate_up.num_bytes + self.down.num_bytes
 
-    def slots(self, prefix: str) -> dict[str, WeightSlot]:
-        return {**self.gate_up.slots(prefix), **self.down.slots(prefix)}
+    def slots(self) -> dict[str, WeightSlot]:
+        return {**self.gate_up.slots(), **self.down.slots()}

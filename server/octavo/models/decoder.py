@@ -31,6 +31,7 @@ class DecoderLayer:
         dtype: torch.dtype,
     ) -> None:
         cos, sin = tables
+        self._prefix = f"model.layers.{index}."
 
         def norm() -> RMSNorm:
             return RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps, platform=platform, dtype=dtype)
@@ -38,6 +39,7 @@ class DecoderLayer:
         self.input_norm = norm()
         self.attention = SelfAttention(
             spec.hidden_size,
+            prefix=f"{self._prefix}self_attn.",
             layer=AttentionLayer(
                 num_heads=spec.num_heads,
                 num_kv_heads=spec.num_kv_heads,
@@ -57,6 +59,7 @@ class DecoderLayer:
         self.mlp_norm = norm()
         self.mlp = GatedMLP(
             spec.hidden_size,
+            prefix=f"{self._prefix}mlp.",
             intermediate_size=spec.intermediate_size,
             bias=spec.mlp_bias,
             platform=platform,
@@ -72,12 +75,12 @@ class DecoderLayer:
         parts = (self.input_norm, self.attention, self.mlp_norm, self.mlp)
         return sum(part.num_bytes for part in parts)
 
-    def slots(self, prefix: str) -> dict[str, WeightSlot]:
+    def slots(self) -> dict[str, WeightSlot]:
         return {
-            **self.input_norm.slots(f"{prefix}input_layernorm"),
-            **self.attention.slots(f"{prefix}self_attn."),
-            **self.mlp_norm.slots(f"{prefix}post_attention_layernorm"),
-            **self.mlp.slots(f"{prefix}mlp."),
+            **self.input_norm.slots(f"{self._prefix}input_layernorm"),
+            **self.attention.slots(),
+            **self.mlp_norm.slots(f"{self._prefix}post_attention_layernorm"),
+            **self.mlp.slots(),
         }
 
 
@@ -100,13 +103,17 @@ class Decoder:
         cos, sin = rotary_tables(spec.rope, max_positions=max_model_len)
         self._tables = cos.to(platform.device), sin.to(platform.device)
 
-        def token_table() -> TokenEmbedding:
+        def token_table(name: str) -> TokenEmbedding:
             return TokenEmbedding(
-                spec.vocab_size, hidden_size=spec.hidden_size, platform=platform, dtype=dtype
+                spec.vocab_size,
+                name=name,
+                hidden_size=spec.hidden_size,
+                platform=platform,
+                dtype=dtype,
             )
 
-        self.embedding = token_table()
-        self.head = self.embedding if spec.tie_word_embeddings else token_table()
+        self.embedding = token_table("model.embed_tokens")
+        self.head = self.embedding if spec.tie_word_embeddings else token_table("lm_head")
         self.layers = [
             DecoderLayer(spec, index=i, platform=platform, tables=self._tables, dtype=dtype)
             for i in range(spec.num_layers)
@@ -140,11 +147,9 @@ class Decoder:
         return self.head.logits(hidden, out=out)
 
     def slots(self) -> dict[str, WeightSlot]:
-        slots = self.embedding.slots("model.embed_tokens")
-        if self.head is not self.embedding:
-            slots.update(self.head.slots("lm_head"))
-        for i, layer in enumerate(self.layers):
-            slots.update(layer.slots(f"model.layers.{i}."))
+        slots = {**self.embedding.slots(), **self.head.slots()}  # one and the same if tied
+        for layer in self.layers:
+            slots.update(layer.slots())
         slots.update(self.norm.slots("model.norm"))
         return slots
 

@@ -44,7 +44,8 @@ def load_model(
     seed: int = 0,
     max_model_len: int | None = None,
 ) -> Model:
-    """The model of ``files`` with weights as ``dtype``, ready to run on ``platform``.
+    """The model of ``files`` with weights as ``dtype``, or as the platform quantises them, ready
+    to run on it.
 
     ``max_model_len``: longest request it will be asked for, default ``spec.max_model_len``.
     ``seed`` is that of random weights (format ``dummy``). Raises `ValueError` naming the file and
@@ -137,10 +138,12 @@ def _copy(tensor: CheckpointTensor, slot: WeightSlot) -> None:
             f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, "
             f"the config says {list(slot.shape)}"
         )
-    num_rows = tensor.shape[0]
+    num_rows, read = tensor.shape[0], tensor.read
+    if tensor.read_blocks is not None and tensor.block_kind == slot.block_kind:
+        read = tensor.read_blocks
     step = num_rows if tensor.whole else _chunk_rows(tensor.shape)
     for start in range(0, num_rows, step):
-        slot.write(tensor.read(start, min(start + step, num_rows)), start)
+        slot.write(read(start, min(start + step, num_rows)), start)
 
 
 def _chunk_rows(shape: tuple[int, ...]) -> int:

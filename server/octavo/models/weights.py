@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.checkpoint.gguf_config import checkpoint_name, interleaved_heads
-from octavo.checkpoint.gguf_file import GGUFFile, GGUFTensor
+from octavo.checkpoint.gguf_file import QUANT_TYPES, GGUFFile, GGUFTensor
 from octavo.checkpoint.safetensors_file import check_safetensors
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -26,7 +26,8 @@ class CheckpointTensor:
     """One tensor of a checkpoint, not read yet.
 
     ``read(start, stop)`` gives rows ``[stop - start, *shape[1:]]`` of a float dtype. ``whole``:
-    rows must be read all at once.
+    rows must be read all at once. ``read_blocks`` gives rows as the file has them, uint8, where
+    that is blocks of ``block_kind``.
     """
 
     name: str  # Hugging Face's name
@@ -34,6 +35,8 @@ class CheckpointTensor:
     path: Path
     read: Callable[[int, int], Tensor]
     whole: bool = False
+    block_kind: str | None = None  # q4_1, say
+    read_blocks: Callable[[int, int], Tensor] | None = None
 
 
 def safetensors_tensors(paths: tuple[Path, ...]) -> Iterator[CheckpointTensor]:
@@ -66,7 +69,8 @@ def _safetensor(file: Any, *, name: str, info: Mapping[str, Any], path: Path) ->
 def gguf_tensors(
     paths: tuple[Path, ...], *, config: Mapping[str, Any]
 ) -> Iterator[CheckpointTensor]:
-    """Tensors of (split) GGUF files under their Hugging Face names, dequantised as they are read.
+    """Tensors of (split) GGUF files under their Hugging Face names, dequantised as they are read,
+    or as they are.
 
     Raises `ValueError` naming a file that is cut short, and the tensor at fault.
     """
@@ -88,9 +92,22 @@ def _gguf_tensor(
             rows = rows.reshape(-1)
         return _halves_from_pairs(rows, num_heads=heads) if heads else rows
 
+    def read_blocks(start: int, stop: int) -> Tensor:
+        rows = torch.from_numpy(file.rows(tensor, start=start, stop=stop))
+        return _halves_from_pairs(rows, num_heads=heads) if heads else rows
+
     # A 1-d tensor is one row of the file, and a head's rows change places among themselves.
     whole = len(tensor.shape) == 1 or heads > 0
-    return CheckpointTensor(name=name, shape=tensor.shape, path=file.path, read=read, whole=whole)
+    kind = QUANT_TYPES.get(tensor.type_id)
+    return CheckpointTensor(
+        name=name,
+        shape=tensor.shape,
+        path=file.path,
+        read=read,
+        whole=whole,
+        block_kind=None if kind is None else kind.name.lower(),
+        read_blocks=read_blocks,
+    )
 
 
 def _dequantised(file: GGUFFile, *, tensor: GGUFTensor, start: int, stop: int) -> Tensor:

@@ -6,6 +6,7 @@ models are written once against it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -27,9 +28,14 @@ class Weight(Protocol):
     def num_bytes(self) -> int:
         """Memory that it takes."""
 
+    @property
+    def block_kind(self) -> str | None:
+        """The kind of a GGUF file's blocks that it is made of, such as q4_1, if it is."""
+
     def write(self, rows: Tensor, start: int) -> None:
         """Sets rows [start, start + len(rows)) from [n, K] of any float dtype, on the CPU or the
-        platform's device. Threads may write different rows at once."""
+        platform's device, or from a file's blocks of its kind, [n, bytes of a row] uint8.
+        Threads may write different rows at once."""
 
     def linear(
         self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
@@ -55,10 +61,13 @@ class Platform(Protocol):
     @property
     def attention(self) -> AttentionBackend: ...
 
-    def weight(self, n: int, k: int, *, dtype: torch.dtype) -> Weight:
-        """A matrix, not filled, for linear and gated products."""
+    def weight(self, n: int, k: int, *, dtype: torch.dtype, names: Sequence[str] = ()) -> Weight:
+        """A matrix, not filled, for linear and gated products.
 
-    def table(self, n: int, k: int, *, dtype: torch.dtype) -> Weight:
+        ``names``: the checkpoint's tensors that it stacks, for a platform that keeps some in a
+        form of their own."""
+
+    def table(self, n: int, k: int, *, dtype: torch.dtype, names: Sequence[str] = ()) -> Weight:
         """A matrix, not filled, of one row per token: read by id, or multiplied into logits."""
 
     def vector(self, size: int, *, dtype: torch.dtype, value: float = 0.0) -> Tensor:

@@ -5,13 +5,16 @@ Every method is one call of a kernel: a decode step makes hundreds of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from octavo.attention.cpu import CPUAttention
+from octavo.platforms.quantization import Quantization
 from octavo_kernels.matmul import PackedWeight, gather_rows, matmul, pack_rows_
-from octavo_kernels.quant_matmul.block_packed import BlockWeight, write_rows
-from octavo_kernels.quant_matmul.blocks import gated_blocks, matmul_blocks
+from octavo_kernels.quant_matmul.block_packed import BlockWeight, write_blocks, write_rows
+from octavo_kernels.quant_matmul.blocks import Kind, gated_blocks, matmul_blocks
 from octavo_kernels.quant_matmul.blocks import gather_rows as gather_block_rows
 from octavo_kernels.rms_norm import rms_norm
 from octavo_kernels.silu_mul import silu_mul
@@ -19,6 +22,8 @@ from octavo_kernels.silu_mul import silu_mul
 
 class CPUWeight:
     """`Weight` as panels; activations are float32 whatever its dtype."""
+
+    block_kind: str | None = None
 
     def __init__(self, packed: PackedWeight) -> None:
         self._packed = packed
@@ -42,16 +47,19 @@ class CPUWeight:
         return gather_rows(self._packed, ids)
 
 
-class CPUInt8Weight:
-    """`Weight` as 8-bit codes with a scale for every 32 of a row; activations are rounded likewise
-    on their way in. (One scale a row, and one a token, cost SmolLM2 3.4 % of perplexity.)"""
+class CPUBlockWeight:
+    """`Weight` as codes of 4 or 8 bits with a scale for every 32 of a row; activations get 8 bits
+    likewise on their way in. (One scale a row, and one a token, cost SmolLM2 3.4 % of perplexity.)
+    """
 
     def __init__(self, packed: BlockWeight) -> None:
         self._packed = packed
         self.n, self.k, self.num_bytes = packed.n, packed.k, packed.num_bytes
+        self.block_kind = packed.kind
 
     def write(self, rows: Tensor, start: int) -> None:
-        write_rows(self._packed, rows, start=start)
+        write = write_blocks if rows.dtype == torch.uint8 else write_rows
+        write(self._packed, rows, start=start)
 
     def linear(
         self, x: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
@@ -71,20 +79,53 @@ class CPUInt8Weight:
 
 
 class CPUPlatform:
-    """`Platform` of the CPU. A row's bits depend on that row alone."""
+    """`Platform` of the CPU. A row's bits depend on that row alone.
 
-    def __init__(self) -> None:
+    ``quantization`` says which matrices are blocks: those it does not quantise have their dtype.
+    """
+
+    def __init__(self, quantization: Quantization | None = None) -> None:
         self.device = torch.device("cpu")
         self.attention = CPUAttention()
+        self._quantization = quantization or Quantization()
+        self._kinds: dict[Kind, None] = {}
+        self._changed: list[str] = []
 
-    def weight(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight | CPUInt8Weight:
-        """Of dtype int8: quantised as it is written."""
-        if dtype == torch.int8:
-            return CPUInt8Weight(BlockWeight.empty("q8_0", n, k))
-        return CPUWeight(PackedWeight.empty(n, k, dtype=dtype))
+    @property
+    def block_kinds(self) -> tuple[Kind, ...]:
+        """Of the matrices made so far."""
+        return tuple(self._kinds)
 
-    def table(self, n: int, k: int, *, dtype: torch.dtype) -> CPUWeight | CPUInt8Weight:
-        return self.weight(n, k, dtype=dtype)
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Matrices made so far that could not be kept as their file has them: ``name (type)``."""
+        return tuple(self._changed)
+
+    def weight(
+        self, n: int, k: int, *, dtype: torch.dtype, names: Sequence[str] = ()
+    ) -> CPUWeight | CPUBlockWeight:
+        return self._matrix(n, k, dtype=dtype, names=names)
+
+    def table(
+        self, n: int, k: int, *, dtype: torch.dtype, names: Sequence[str] = ()
+    ) -> CPUWeight | CPUBlockWeight:
+        return self._matrix(n, k, dtype=dtype, names=names, is_table=True)
+
+    def _matrix(
+        self,
+        n: int,
+        k: int,
+        *,
+        dtype: torch.dtype,
+        names: Sequence[str],
+        is_table: bool = False,
+    ) -> CPUWeight | CPUBlockWeight:
+        kind = self._quantization.kind(names, is_table=is_table)
+        if kind is None:
+            return CPUWeight(PackedWeight.empty(n, k, dtype=dtype))
+        self._kinds[kind] = None
+        self._changed += self._quantization.changed(names, kind=kind)
+        return CPUBlockWeight(BlockWeight.empty(kind, n, k))
 
     def vector(self, size: int, *, dtype: torch.dtype, value: float = 0.0) -> Tensor:
         """float32, as the activations are."""

@@ -7,7 +7,7 @@ takes no memory, and `octavo_kernels.launch.collecting` lists what it would laun
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class _Staging(threading.local):
 
 class GPUWeight:
     """`Weight` as a plain tensor [N, K]; activations are of its dtype."""
+
+    block_kind: str | None = None
 
     def __init__(self, data: Tensor, *, staging: _Staging, use_pdl: bool) -> None:
         self._data = data
@@ -115,11 +117,11 @@ class GPUPlatform:
                     differing += prove_cublas([(n, k)], dtype, rows=row_counts)
         return differing
 
-    def weight(self, n: int, k: int, *, dtype: torch.dtype) -> GPUWeight:
+    def weight(self, n: int, k: int, *, dtype: torch.dtype, names: Sequence[str] = ()) -> GPUWeight:
         self._products[n, k, dtype] = None
         return self._matrix(n, k, dtype=dtype)
 
-    def table(self, n: int, k: int, *, dtype: torch.dtype) -> GPUWeight:
+    def table(self, n: int, k: int, *, dtype: torch.dtype, names: Sequence[str] = ()) -> GPUWeight:
         return self._matrix(n, k, dtype=dtype)
 
     def _matrix(self, n: int, k: int, *, dtype: torch.dtype) -> GPUWeight:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +13,7 @@ from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.config import EngineConfig
 from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
 from octavo.platforms.cpu import CPUPlatform
+from octavo.platforms.quantization import Quantization, choose, listed
 from octavo.sampling import Sampler
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.kv_tensors import KVTensors
@@ -25,6 +28,10 @@ from octavo.worker.sizing import (
     usable_cores,
 )
 from octavo_kernels import block_copy, parallel, precompile, sampling
+from octavo_kernels.quant_matmul import blocks
+from octavo_kernels.quant_matmul.blocks import Kind
+
+_log = logging.getLogger(__name__)
 
 _WARM_TOKENS = (1, 2, 40)  # lengths of the made-up prompts that warm the kernels
 
@@ -37,51 +44,83 @@ def set_threads(wanted: int | None) -> int:
     return num_threads
 
 
-def kernels_compiled(config: EngineConfig) -> AbstractContextManager[None]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """In which numbers weights, K and V are kept."""
+
+    quantization: Quantization  # of matrices
+    dtype: torch.dtype  # of matrices that are not quantised
+    cache_dtype: torch.dtype
+
+
+def choose_precision(config: EngineConfig, *, files: ModelFiles) -> Precision:
+    """As configured; ``auto`` by what the files hold. Raises ValueError for what cannot be."""
+    quantization = choose(config.model, files=files)
+    dtype = weight_dtype(config.model.dtype, device="cpu")
+    cached = config.cache.kv_cache_dtype
+    if cached != "auto":
+        cache_dtype = weight_dtype(cached, device="cpu")
+    else:
+        cache_dtype = dtype if quantization.mode == "none" else torch.float16
+    return Precision(quantization=quantization, dtype=dtype, cache_dtype=cache_dtype)
+
+
+def kernels_compiled(precision: Precision) -> AbstractContextManager[None]:
     """While the block loads the model, other processes compile the kernels that were never used.
 
     On a machine's first start only; the end of the block waits for them.
     """
-    weights, cached = dtypes(config)
-    return precompile.precompiled(weight_dtype=weights, cache_dtype=cached)
+    return precompile.precompiled(
+        weight_dtype=precision.dtype,
+        cache_dtype=precision.cache_dtype,
+        block_kinds=precision.quantization.kinds,
+    )
 
 
-def load(config: EngineConfig, *, files: ModelFiles, spec: ModelSpec) -> Model:
-    """The model with its weights. Raises ValueError for a context the model was not made for."""
+def load(
+    config: EngineConfig, *, files: ModelFiles, spec: ModelSpec, precision: Precision
+) -> tuple[Model, tuple[Kind, ...]]:
+    """The model with its weights, and the kinds of blocks that they are kept in.
+
+    Raises ValueError for a context the model was not made for.
+    """
     wanted = config.model.max_model_len
     if wanted is not None and wanted > spec.max_model_len and spec.rope.kind != "dynamic":
         raise ValueError(
             f"max_model_len must be at most {spec.max_model_len}, the context that {files.name} "
             f"was made for, got {wanted}"
         )
-    return load_model(
+    platform = CPUPlatform(precision.quantization)
+    model = load_model(
         files,
         spec,
-        platform=CPUPlatform(),
-        dtype=dtypes(config)[0],
+        platform=platform,
+        dtype=precision.dtype,
         seed=config.model.seed % 2**63,
         max_model_len=wanted,
     )
-
-
-def dtypes(config: EngineConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Of the weights, and of cached K and V."""
-    weights, cached = config.model.dtype, config.cache.kv_cache_dtype
-    names = (weights, weights if cached == "auto" else cached)
-    plain, cache = (weight_dtype(name, device="cpu") for name in names)
-    if config.model.quantization == "none":
-        return plain, cache
-    if plain != torch.float32:
-        raise ValueError(
-            f"quantization {config.model.quantization} takes dtype auto or float32, got {weights}"
+    if platform.changed:
+        _log.warning(
+            "%d of %d matrices cannot be kept as the file has them and become q8_0: %s",
+            len(platform.changed),
+            len(files.weight_types),
+            listed(platform.changed),
         )
-    return torch.int8, cache
+    return model, platform.block_kinds
 
 
-def make_runner(config: EngineConfig, *, model: Model) -> tuple[CachePlan, ModelRunner]:
+def quantization_label(precision: Precision, kinds: Sequence[str]) -> str:
+    """For people: ``none``, or the mode and the kinds of blocks."""
+    mode = precision.quantization.mode
+    return f"{mode} ({', '.join(sorted(kinds))})" if kinds else mode
+
+
+def make_runner(
+    config: EngineConfig, *, model: Model, cache_dtype: torch.dtype
+) -> tuple[CachePlan, ModelRunner]:
     """Sizes and reserves the cache, and puts table, sampler and model together."""
     block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
-    cache_spec = kv_cache_spec(model.spec, block_size=block_size, dtype=dtypes(config)[1])
+    cache_spec = kv_cache_spec(model.spec, block_size=block_size, dtype=cache_dtype)
     block_bytes, available_bytes = model.backend.block_bytes(cache_spec), available_memory()
     num_host_slots = plan_host_slots(
         config.cache, block_bytes=block_bytes, available_bytes=available_bytes
@@ -113,16 +152,21 @@ def make_runner(config: EngineConfig, *, model: Model) -> tuple[CachePlan, Model
     return plan, runner
 
 
-def warm(runner: ModelRunner, *, plan: CachePlan, block_size: int) -> None:
+def warm(
+    runner: ModelRunner, *, plan: CachePlan, block_size: int, block_kinds: Sequence[Kind] = ()
+) -> None:
     """Runs made-up requests, so that no live request waits for a compiler.
 
-    They write K/V into the first blocks, which count as never written afterwards.
+    block_kinds: what the model's matrices are made of; some of their kernels serve long steps only.
+    The requests write K/V into the first blocks, which count as never written afterwards.
     """
     # All that torch does from here on is to copy rows. Its own threads would spin on the cores
     # that the kernels' threads compute on (measured: a 150 KB copy took 7 ms instead of 0.02).
     torch.set_num_threads(1)
     sampling.warm()
     block_copy.warm()
+    for kind in block_kinds:
+        blocks.warm(kind)
     room = min(plan.max_model_len, plan.num_blocks * block_size) - 1
     for step, length in enumerate(_WARM_TOKENS):
         if length > room:

@@ -61,12 +61,13 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
     num_threads = startup.set_threads(config.model.num_threads)
     files = resolve(config.model)  # first: a wrong model must be told at once
     phases.end("resolve")
-    with startup.kernels_compiled(config):
-        model = startup.load(config, files=files, spec=files.spec)
+    precision = startup.choose_precision(config, files=files)
+    with startup.kernels_compiled(precision):
+        model, kinds = startup.load(config, files=files, spec=files.spec, precision=precision)
         phases.end("load")
-        plan, runner = startup.make_runner(config, model=model)
+        plan, runner = startup.make_runner(config, model=model, cache_dtype=precision.cache_dtype)
         phases.end("cache")
-    startup.warm(runner, plan=plan, block_size=config.cache.block_size)
+    startup.warm(runner, plan=plan, block_size=config.cache.block_size, block_kinds=kinds)
     phases.end("warm")
     scheduler = config.scheduler
     info = _info(
@@ -74,7 +75,8 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
         files=files,
         plan=plan,
         device="cpu",
-        dtypes=startup.dtypes(config),
+        dtypes=(precision.dtype, precision.cache_dtype),
+        quantization=startup.quantization_label(precision, kinds),
         max_num_batched_tokens=max_num_batched_tokens(
             scheduler.max_num_batched_tokens, max_num_seqs=scheduler.max_num_seqs
         ),
@@ -130,11 +132,12 @@ def _info(
     dtypes: tuple[torch.dtype, torch.dtype],
     max_num_batched_tokens: int,
     phases: _Phases,
+    quantization: str = "none",
     num_threads: int = 0,
 ) -> EngineInfo:
     """What was decided, for the front end and for whoever reads the start-up lines.
 
-    ``dtypes``: of the weights, and of cached K and V.
+    ``dtypes``: of the weights that are not quantised, and of cached K and V.
     """
     for note in plan.notes:
         _log.warning("%s", note)
@@ -144,6 +147,7 @@ def _info(
         architecture=files.spec.architecture,
         device=device,
         dtype=dtype,
+        quantization=quantization,
         kv_cache_dtype=cache_dtype,
         vocab_size=files.spec.vocab_size,
         max_model_len=plan.max_model_len,

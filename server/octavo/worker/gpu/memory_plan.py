@@ -98,8 +98,10 @@ def plan_gpu_memory(
     Raises ValueError with the plan's figures, and what would fit, where there is too little memory
     for the model or for one request of ``max_model_len``; and for weights that no GPU engine has.
     """
-    if config.model.quantization != "none":
-        raise ValueError(f"quantization on a GPU must be none, got {config.model.quantization}")
+    if config.model.quantization not in ("auto", "none"):
+        raise ValueError(
+            f"quantization on a GPU must be auto or none, got {config.model.quantization}"
+        )
     attempt = _Attempt(spec, config, total_bytes, weight_bytes)
     plan = attempt.plan()
     if plan is not None:
