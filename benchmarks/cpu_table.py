@@ -1,6 +1,6 @@
 """Octavo beside llama-server and vLLM on this CPU: one table, measured in one run, in turns.
 
-    python -m benchmarks.cpu_table run --peers PEERS [--reps 3] [--write]
+    python -m benchmarks.cpu_table run --peers PEERS --write
     python -m benchmarks.cpu_table show [ROWS.jsonl]
 
 PEERS is a folder with ``peers.sh`` and ``load.py`` (see `cpu_peers` and `servers`); a peer that is
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,12 +318,30 @@ def run(args: argparse.Namespace) -> list[Row]:
                 this.start(contender, times=args.starts)
         for rep in range(args.reps):
             for line in LINES:
-                if line.workload and args.match in line.key:
+                if line.key in args.lines:
                     this.measure(line, requests=counts[line.concurrency], rep=rep)
         this.weigh()
     finally:
         this.close()
     return this.rows
+
+
+def _keys(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """What reads keys with commas between them, and refuses others."""
+
+    def parse(text: str) -> list[str]:
+        keys = text.split(",")
+        unknown = [key for key in keys if key not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no line {unknown[0]!r}, only {', '.join(known)}")
+        return keys
+
+    return parse
+
+
+def _end(number: int, frame: object) -> None:
+    """Ends as after an error, so that no server is left behind."""
+    sys.exit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -338,7 +358,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--flags", default="", help="more flags for octavo serve")
     add("--reps", type=int, default=3)
     add("--starts", type=int, default=3, help="starts of a server that starts quickly")
-    add("--match", default="", help="only lines whose key contains this, e.g. 'p128 c1'")
+    keys = [line.key for line in LINES if line.workload]
+    add("--lines", type=_keys(keys), default=keys, help=f"only these of {','.join(keys)}")
     add("--requests", default="1:4,16:32,32:64", help="requests of a repetition, by concurrency")
     add("--quiet", type=float, default=_BUSY_CORES, help="wait for fewer busy other cores")
     add("--port", type=int, default=8110, help="and the next two")
@@ -359,4 +380,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     main()

@@ -103,6 +103,12 @@ def test_a_file_that_is_missing_or_empty_is_an_error(
         assert said in capsys.readouterr().err
 
 
+def test_an_unknown_line_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cpu_table.main(["run", "--peers", ".", "--lines", "p128 c1,p128 c2"])
+    assert "no line 'p128 c2'" in capsys.readouterr().err
+
+
 def test_versions_of_the_peers(tmp_path: Path) -> None:
     text = "ggml_backend: one\nversion: 11434 (4227c9b)\nbuilt with GNU 12\n"
     assert cpu_peers.parse_llama_version(text) == "11434"
