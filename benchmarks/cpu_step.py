@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = {
         **passport(),
         "model": bench.info.model,
-        "quantization": getattr(bench.info, "quantization", config.model.quantization),
+        "quantization": bench.info.quantization,
         "kv_cache_dtype": bench.info.kv_cache_dtype,
         **{f"limit_{key}": value for key, value in dataclasses.asdict(limits).items()},
         "other_cores": clock.busy(),
