@@ -17,7 +17,7 @@ from octavo_kernels.paged_attention import (
 from octavo_kernels.rotary_kv_write import rotary_kv_write
 from octavo_kernels.testing import same_bits
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,15 +51,20 @@ def attend(
     per_request = max(-(-end // block) for _, _, end in parts)
     num_blocks = len(parts) * per_request + 1
     shapes = kv_cache_shapes(
-        num_blocks, block_size=block, num_kv_heads=num_kv_heads, head_dim=head_dim
+        num_blocks, block_size=block, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype
     )
-    k_cache = torch.full(shapes[0], math.nan, dtype=dtype)
-    v_cache = torch.full(shapes[1], math.nan, dtype=dtype)
+    # -1 in all four bytes of a float32, as the scales of int8 are, is a NaN too
+    garbage = math.nan if dtype.is_floating_point else -1
+    k_cache = torch.full(shapes[0], garbage, dtype=dtype)
+    v_cache = torch.full(shapes[1], garbage, dtype=dtype)
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
     tables = order[:-1].reshape(len(parts), per_request)
     for table, (stream, _, end) in zip(tables, parts, strict=True):
         position = torch.arange(end)
         where, offset = table[position // block], position % block
+        if dtype == torch.int8:
+            write_codes(stream, where * block + offset, k_cache, v_cache)
+            continue
         k_cache[where, :, :, offset] = stream.k[:end].to(dtype)
         v_cache[where, :, offset] = stream.v[:end].to(dtype)
     lengths = [end - begin for _, begin, end in parts]
@@ -74,6 +79,69 @@ def attend(
         sliding_window=window,
     )
     return list(torch.split(out, lengths))
+
+
+def write_codes(stream: Stream, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """The only way into an int8 cache; turns nothing."""
+    size, (num_heads, head_dim) = len(slots), stream.q.shape[1:]
+    rotary_kv_write(
+        torch.cat([stream.q[:size], stream.k[:size], stream.v[:size]], dim=1).flatten(1),
+        num_heads=num_heads,
+        num_kv_heads=stream.k.shape[1],
+        head_dim=head_dim,
+        positions=torch.arange(size),
+        cos=torch.ones(size, 0),
+        sin=torch.zeros(size, 0),
+        slots=slots,
+        k_cache=k_cache,
+        v_cache=v_cache,
+    )
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What an int8 cache keeps of [P, K, H], in float64."""
+    unit = x.double().abs().amax(dim=-1, keepdim=True) / 127
+    return (x / unit).round().nan_to_num() * unit
+
+
+def exact(stream: Stream, begin: int, end: int, window: int, *, is_coded: bool) -> Tensor:
+    """[end - begin, N * H] of positions [begin, end) in float64."""
+    k, v = (rounded(x) if is_coded else x.double() for x in (stream.k[:end], stream.v[:end]))
+    q = stream.q[begin:end].double()
+    group = q.shape[1] // k.shape[1]
+    logits = torch.einsum("qnh,knh->nqk", q, k.repeat_interleave(group, 1)) * q.shape[2] ** -0.5
+    key, position = torch.arange(end), torch.arange(begin, end)[:, None]
+    is_seen = (key <= position) & (key > position - (window or end))
+    weights = logits.masked_fill(~is_seen, -math.inf).softmax(-1)
+    return torch.einsum("nqk,knh->qnh", weights, v.repeat_interleave(group, 1)).flatten(1)
+
+
+@pytest.mark.parametrize("window", [0, 37, 600])
+@pytest.mark.parametrize(
+    ("N", "K", "H", "block"), [(9, 3, 64, 16), (14, 1, 80, 128), (2, 2, 256, 64), (2, 1, 16, 32)]
+)
+def test_int8_agrees_with_float64(N: int, K: int, H: int, block: int, window: int) -> None:
+    sizes = ((1, 70), (65, 65), (7, 129), (1, 1), (33, 400), (2, 1030))
+    parts = [(make_stream(end, N=N, K=K, H=H, seed=end), end - query, end) for query, end in sizes]
+    for got, part in zip(
+        attend(parts, dtype=torch.int8, block=block, window=window), parts, strict=True
+    ):
+        want = exact(*part, window, is_coded=True)
+        torch.testing.assert_close(got.double(), want, atol=1e-3, rtol=1e-3)
+        # and codes of 8 bits are near enough to what they stand for
+        whole = exact(*part, window, is_coded=False)
+        assert float((got - whole).norm() / whole.norm()) < 0.02
+
+
+def test_int8_takes_zeros_and_extremes() -> None:
+    stream = make_stream(40, N=2, K=1, H=16, seed=1)
+    for k, v in ((0.0, 0.0), (1e-38, 1e-38), (1e18, 1e18)):
+        tried = dataclasses.replace(stream, k=stream.k * k, v=stream.v * v)
+        tried.v[3] = 0.0
+        [got] = attend([(tried, 0, 40)], dtype=torch.int8)
+        want = exact(tried, 0, 40, 0, is_coded=True)
+        assert bool(got.isfinite().all())
+        torch.testing.assert_close(got.double(), want, atol=1e-30, rtol=2e-2)
 
 
 @pytest.fixture
@@ -98,11 +166,14 @@ def test_prefill_chunks_and_single_tokens_give_the_same_bits(
             assert same_bits(part, whole[begin:end]), (size, begin)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize(("N", "K", "H"), [(9, 3, 64), (2, 2, 16), (8, 1, 80), (7, 1, 256)])
-def test_chunks_across_partitions_give_the_same_bits(N: int, K: int, H: int) -> None:
+def test_chunks_across_partitions_give_the_same_bits(
+    N: int, K: int, H: int, dtype: torch.dtype
+) -> None:
     stream = make_stream(1100, N=N, K=K, H=H, seed=2)
     for window in (0, 530):
-        [whole] = attend([(stream, 0, 1100)], dtype=torch.float32, window=window)
+        [whole] = attend([(stream, 0, 1100)], dtype=dtype, window=window)
         for begin, end in (
             (0, 512),
             (500, 530),
@@ -111,35 +182,39 @@ def test_chunks_across_partitions_give_the_same_bits(N: int, K: int, H: int) -> 
             (1023, 1025),
             (1099, 1100),
         ):
-            [part] = attend([(stream, begin, end)], dtype=torch.float32, window=window, seed=end)
+            [part] = attend([(stream, begin, end)], dtype=dtype, window=window, seed=end)
             assert same_bits(part, whole[begin:end]), (begin, end, window)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("window", [0, 100])
-def test_batch_mates_do_not_change_bits(window: int) -> None:
+def test_batch_mates_do_not_change_bits(window: int, dtype: torch.dtype) -> None:
     streams = [make_stream(40 + 17 * i, N=9, K=3, H=64, seed=i) for i in range(32)]
     parts = [
         (stream, [0, len(stream.q) - 1, len(stream.q) // 2][i % 3], len(stream.q))
         for i, stream in enumerate(streams)
     ]
-    together = attend(parts, dtype=torch.bfloat16, window=window)
+    together = attend(parts, dtype=dtype, window=window)
     for part, mine in zip(parts, together, strict=True):
-        [alone] = attend([part], dtype=torch.bfloat16, window=window, seed=9)
+        [alone] = attend([part], dtype=dtype, window=window, seed=9)
         assert same_bits(alone, mine)
 
 
-def test_block_size_and_threads_do_not_change_bits(restore_threads: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_block_size_and_threads_do_not_change_bits(
+    restore_threads: None, dtype: torch.dtype
+) -> None:
     parts = [
         (make_stream(1300, N=4, K=2, H=32, seed=3), 1299, 1300),
         (make_stream(90, N=4, K=2, H=32, seed=4), 0, 90),
     ]
-    expected = attend(parts, dtype=torch.float32)
+    expected = attend(parts, dtype=dtype)
     for threads in (1, 2, 3, 8):  # 8: few items for many threads, so partitions are split
         set_num_threads(threads)
         for block in (16, 32, 64, 128):
-            got = attend(parts, dtype=torch.float32, block=block, seed=block)
+            got = attend(parts, dtype=dtype, block=block, seed=block)
             assert all(map(same_bits, got, expected)), (threads, block)
-            [alone] = attend(parts[:1], dtype=torch.float32, block=block)
+            [alone] = attend(parts[:1], dtype=dtype, block=block)
             assert same_bits(alone, expected[0]), (threads, block)
 
 
@@ -168,14 +243,17 @@ def test_split_partitions_agree_with_float64(
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=2e-6)
 
 
-def test_a_request_of_nans_stays_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("field", ["k", "v"])
+def test_a_request_of_nans_stays_alone(field: str, dtype: torch.dtype) -> None:
     good, bad = (make_stream(70, N=2, K=1, H=16, seed=s) for s in (6, 7))
-    poisoned = dataclasses.replace(bad, k=bad.k.clone())
-    poisoned.k[40] = math.nan
-    mine, theirs = attend([(good, 0, 70), (poisoned, 0, 70)], dtype=torch.float32)
-    assert same_bits(mine, attend([(good, 0, 70)], dtype=torch.float32)[0])
+    poison = getattr(bad, field).clone()
+    poison[40] = math.nan
+    poisoned = dataclasses.replace(bad, **{field: poison})
+    mine, theirs = attend([(good, 0, 70), (poisoned, 0, 70)], dtype=dtype)
+    assert same_bits(mine, attend([(good, 0, 70)], dtype=dtype)[0])
     # and within a request, later keys never reach earlier tokens
-    assert same_bits(theirs[:40], attend([(bad, 0, 40)], dtype=torch.float32)[0])
+    assert same_bits(theirs[:40], attend([(bad, 0, 40)], dtype=dtype)[0])
     assert bool(theirs[40:].isnan().all())
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from octavo_kernels import memory, parallel
 from octavo_kernels.op import require_device
 from octavo_kernels.paged_attention import cpu
+from octavo_kernels.paged_attention.cpu_merge import merge
 from octavo_kernels.paged_attention.cpu_plan import make_plan
+from octavo_kernels.paged_attention.int8_tiles import SCALE_BYTES
 from octavo_kernels.paged_attention.plan import AttentionPlan, plan_attention
 from octavo_kernels.paged_attention.reference import paged_attention_reference
 
@@ -31,16 +33,23 @@ _ATTEND = {
     torch.float32: cpu.attend_float32,
     torch.bfloat16: cpu.attend_bfloat16,
     torch.float16: cpu.attend_float16,
+    torch.int8: cpu.attend_int8,
 }
 _LOG2_E = 1.4426950408889634  # the kernels' logits are base 2
 
 
 def kv_cache_shapes(
-    num_blocks: int, *, block_size: int, num_kv_heads: int, head_dim: int
+    num_blocks: int,
+    *,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Shapes of one layer's key and value cache: K [B, K, H, BLOCK] and V [B, K, BLOCK, H].
 
-    Keys lie transposed inside a block, so that 16 neighbouring tokens' keys are one vector.
+    Keys lie transposed inside a block, so that 16 neighbouring tokens' keys are one vector. int8
+    caches have H + 4 in place of H: the bytes of codes and scales, as `int8_tiles` lays them out.
     Raises ValueError for a block size or head size the kernels cannot read.
     """
     if block_size not in BLOCK_SIZES:
@@ -49,10 +58,9 @@ def kv_cache_shapes(
         raise ValueError(
             f"head_dim must be a multiple of 16 between 16 and {MAX_HEAD_DIM}, got {head_dim}"
         )
-    return (
-        (num_blocks, num_kv_heads, head_dim, block_size),
-        (num_blocks, num_kv_heads, block_size, head_dim),
-    )
+    width = head_dim + (SCALE_BYTES if dtype == torch.int8 else 0)
+    k_shape = (num_blocks, num_kv_heads, width, block_size)
+    return k_shape, (num_blocks, num_kv_heads, block_size, width)
 
 
 def paged_attention(
@@ -71,7 +79,8 @@ def paged_attention(
     """Attention of every query token to its request's keys up to and including itself.
 
     q: [T, N, H] float32; the rows of T may be strided (a view of qkv), [N, H] is dense.
-    k_cache, v_cache: `kv_cache_shapes`, float32, bfloat16 or float16, widened when read.
+    k_cache, v_cache: `kv_cache_shapes`, float32, bfloat16 or float16, widened when read, or int8,
+    which `rotary_kv_write` fills; q and the softmax's weights are then rounded to 15 bits.
     block_tables: [R, max_blocks] int32, dense in its last dimension; query_start_loc: [R + 1] int32
     with last entry T; seq_lens: [R] int32, tokens present in the cache, this step's included.
     Query i of request r stands at position seq_lens[r] - query_len[r] + i.
@@ -86,6 +95,7 @@ def paged_attention(
     `octavo_kernels.paged_attention.gpu`, which has more options and a plan that layers share.
     """
     if q.is_cuda:
+        assert plan is None, "a GPU's plan is another: see gpu.paged_attention"
         return _on_gpu(
             q, k_cache, v_cache, block_tables=block_tables, query_start_loc=query_start_loc,
             seq_lens=seq_lens, scale=scale, sliding_window=sliding_window, out=out,
@@ -116,7 +126,7 @@ def paged_attention(
         plan.attend_parts, plan.address, q.data_ptr(), 4 * q.stride(0), k_cache.data_ptr(),
         v_cache.data_ptr(), out.data_ptr(), scale * _LOG2_E,
     )  # fmt: skip
-    cpu.merge.launch_at(plan.merge_parts, plan.address, out.data_ptr())
+    merge.launch_at(plan.merge_parts, plan.address, out.data_ptr())
     if is_alone:
         plan.check()
     return out
@@ -141,7 +151,11 @@ def _check(
     """The kernel for these sizes and dtypes; a model asks the same question in every layer."""
     num_blocks, num_kv_heads, _, block_size = k_shape
     shapes = kv_cache_shapes(
-        num_blocks, block_size=block_size, num_kv_heads=num_kv_heads, head_dim=head_dim
+        num_blocks,
+        block_size=block_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=k_dtype,
     )
     if (k_shape, v_shape) != shapes:
         raise ValueError(
@@ -170,7 +184,7 @@ def _check_strides(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 
 def kernels(*, cache_dtype: torch.dtype) -> tuple[parallel.Kernel, ...]:
     """What a server calls with this cache dtype."""
-    return (make_plan, _ATTEND[cache_dtype], cpu.merge)
+    return (make_plan, _ATTEND[cache_dtype], merge)
 
 
 def warm(*, cache_dtype: torch.dtype) -> None:

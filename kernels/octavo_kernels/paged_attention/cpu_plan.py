@@ -7,7 +7,7 @@ is written by `make_plan`, so launches that were recorded once can run again on 
 
 from __future__ import annotations
 
-from octavo_kernels.paged_attention.microkernels import MAX_ROWS
+from octavo_kernels.paged_attention.tile_ir import MAX_ROWS
 from octavo_kernels.parallel import device, kernel
 from octavo_kernels.simd import LANES, get_i32, get_i64, put_i64
 

@@ -21,7 +21,7 @@ __all__ = [
     "warm",
 ]
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 _INDEX_BYTES = {torch.int32: 4, torch.int64: 8}
 _SERIAL_ELEMENTS = 1 << 13  # below this, one thread is done before a second has started
 
@@ -45,11 +45,12 @@ def rotary_kv_write(
 ) -> Tensor:
     """Optional QK-norm, rotary embedding of q and k, and the write of k and v into the paged cache.
 
-    qkv: [T, (N + 2K) * H] float32, rows [q heads | k heads | v heads]; its q and k parts are
-    overwritten. positions, slots: [T] int32 or int64; slot = block * block_size + offset, negative
-    = do not write. cos, sin: [P, R / 2] float32, row p for position p; the first R of H dimensions
-    turn in pairs (i, R / 2 + i), R = 0 turns none. q_norm, k_norm: [H] float32 weights of an RMS
-    norm over each head, applied before the rotation. k_cache, v_cache: `kv_cache_shapes`.
+    qkv: [T, (N + 2K) * H] float32, rows [q heads | k heads | v heads]; all of it is overwritten.
+    positions, slots: [T] int32 or int64; slot = block * block_size + offset, negative = do not
+    write. cos, sin: [P, R / 2] float32, row p for position p; the first R of H dimensions turn in
+    pairs (i, R / 2 + i), R = 0 turns none. q_norm, k_norm: [H] float32 weights of an RMS norm over
+    each head, applied before the rotation. k_cache, v_cache: `kv_cache_shapes`; int8 ones get, of
+    each head, codes -127 to 127 and what they are multiples of.
     Returns q [T, N, H], a view of qkv. A token's bits depend on that token alone.
     Raises ValueError for shapes, dtypes, positions or slots that do not fit; the cache may then
     hold some of the batch's tokens.
@@ -157,7 +158,11 @@ def _check_cache(
 ) -> None:
     """Refuses what does not fit; a model asks the same question in every layer."""
     shapes = kv_cache_shapes(
-        k_shape[0], block_size=k_shape[3], num_kv_heads=num_kv_heads, head_dim=head_dim
+        k_shape[0],
+        block_size=k_shape[3],
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=k_dtype,
     )
     if (k_shape, v_shape) != shapes:
         raise ValueError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from octavo_kernels.paged_attention.int8_tiles import SCALE_BYTES, cache_codes
 from octavo_kernels.parallel import device, kernel
 from octavo_kernels.rms_norm.cpu import inverse_rms
 from octavo_kernels.simd import (
     LANES,
+    copy_bytes,
     first_lanes,
     fma,
     get_f32,
@@ -29,7 +31,7 @@ from octavo_kernels.simd import (
 )
 
 OK, BAD_POSITION, BAD_SLOT = range(3)
-_FLOAT32, _BFLOAT16, _FLOAT16 = range(3)
+_FLOAT32, _BFLOAT16, _FLOAT16, _INT8 = range(4)
 
 
 @device
@@ -88,6 +90,21 @@ def _write_head(kind, k, v, k_target, v_target, dim, block_size):
             store_f16(v_target + h * itemsize, lanes)
 
 
+@device
+def _write_codes(k, v, k_target, v_target, dim, offset):
+    """Store one head's key and value as codes, which overwrite k and v, and their scales.
+
+    The targets are those of 16 neighbouring tokens of which this one is number `offset`.
+    """
+    put_f32(k_target + LANES * dim + 4 * offset, cache_codes(k, dim, k))
+    put_f32(v_target + LANES * dim + 4 * offset, cache_codes(v, dim, v))
+    for i in range(0, dim, 2):
+        copy_bytes(k_target + LANES * i + 2 * offset, k + i, 2)
+    v_target += offset // 2 * 2 * dim + offset % 2
+    for i in range(dim):
+        copy_bytes(v_target + 2 * i, v + i, 1)
+
+
 @kernel
 def rotate_and_write(
     part,
@@ -117,6 +134,7 @@ def rotate_and_write(
 ):
     """kind: cache storage; q_norm, k_norm: address of [dim] weights or 0; status: one int64."""
     itemsize = 4 if kind == _FLOAT32 else 2
+    value_bytes = dim + SCALE_BYTES if kind == _INT8 else dim * itemsize
     row_bytes = 4 * dim * (num_heads + 2 * num_kv_heads)
     for token in range(part * num_tokens // num_parts, (part + 1) * num_tokens // num_parts):
         position = _get_index(positions, token, position_bytes)
@@ -140,13 +158,12 @@ def rotate_and_write(
         block, offset = slot // block_size, slot % block_size
         for head in range(num_kv_heads):
             k = row + 4 * dim * (num_heads + head)
-            place = (block * num_kv_heads + head) * dim * block_size * itemsize
-            _write_head(
-                kind,
-                k,
-                k + 4 * dim * num_kv_heads,
-                k_cache + place + offset * itemsize,
-                v_cache + place + offset * dim * itemsize,
-                dim,
-                block_size,
-            )
+            v = k + 4 * dim * num_kv_heads
+            place = (block * num_kv_heads + head) * block_size * value_bytes
+            if kind == _INT8:
+                within = offset % LANES
+                place += (offset - within) * value_bytes
+                _write_codes(k, v, k_cache + place, v_cache + place, dim, within)
+            else:
+                at, other = place + offset * itemsize, place + offset * value_bytes
+                _write_head(kind, k, v, k_cache + at, v_cache + other, dim, block_size)

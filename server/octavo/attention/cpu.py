@@ -129,4 +129,5 @@ def _shapes(spec: KVCacheSpec, *, num_blocks: int) -> tuple[tuple[int, ...], tup
         block_size=spec.block_size,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
+        dtype=spec.dtype,
     )
