@@ -33,7 +33,7 @@ PARAMS: dict[str, dict[str, Any]] = {
 Bits = dict[str, tuple[Any, ...]]
 
 
-def engine(**options: Any) -> LLM:
+def engine_of(**options: Any) -> LLM:
     settings: dict[str, Any] = {
         "max_model_len": 1024,
         "num_gpu_blocks_override": BLOCKS,
@@ -78,7 +78,12 @@ def subject(real_prompts: list[str]) -> str:
     return real_prompts[33][:1200]
 
 
-def test_same_request_same_bits(subject: str, real_prompts: list[str]) -> None:
+# The default mode, and the exact one.
+@pytest.mark.parametrize("quantization", ["auto", "none"])
+def test_same_request_same_bits(quantization: str, subject: str, real_prompts: list[str]) -> None:
+    def engine(**options: Any) -> LLM:
+        return engine_of(quantization=quantization, **options)
+
     crowd = [text[:400] for text in real_prompts if text != subject][:32]
     reference = alone(engine(enable_prefix_caching=False, async_scheduling=False), subject)
     warm = engine()

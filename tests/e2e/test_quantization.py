@@ -1,4 +1,4 @@
-"""Weights of 8 bits on the CPU: what they cost in quality, and that bits still hang on nothing."""
+"""Quantised weights on the CPU: what they cost in quality, and that bits still hang on nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 0, "max_tokens": 24, "logprobs": 3},
     {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 24, "logprobs": 3},
 ]
+KINDS = {"auto": "gguf (q4_1, q8_0)", "int8": "int8 (q8_0)", "int4": "int4 (q4_1, q8_0)"}
 
 
 def engine(**options: Any) -> LLM:
@@ -26,15 +27,30 @@ def perplexity(llm: LLM, texts: list[str]) -> float:
     return math.exp(-sum(scores) / len(scores))
 
 
-def test_perplexity_is_that_of_the_whole_weights(real_prompts: list[str]) -> None:
-    texts = [text[:1500] for text in real_prompts[::4]]
-    exact = perplexity(engine(), texts)
-    rounded = perplexity(engine(quantization="int8"), texts)
-    print(f"\nperplexity {exact:.4f} in float32, {rounded:.4f} in int8: {rounded / exact - 1:+.2%}")
+@pytest.fixture(scope="module")
+def texts(real_prompts: list[str]) -> list[str]:
+    return [text[:1500] for text in real_prompts[::4]]
+
+
+@pytest.fixture(scope="module")
+def exact(texts: list[str]) -> float:
+    return perplexity(engine(quantization="none"), texts)
+
+
+@pytest.mark.parametrize("mode", ["auto", "int8"])
+def test_perplexity_is_that_of_the_whole_weights(mode: str, exact: float, texts: list[str]) -> None:
+    llm = engine(quantization=mode)
+    assert llm.info.quantization == KINDS[mode] and llm.info.kv_cache_dtype == "float16"
+    rounded = perplexity(llm, texts)
+    print(
+        f"\nperplexity {exact:.4f} in float32, {rounded:.4f} in {mode}: {rounded / exact - 1:+.2%}"
+    )
     assert rounded < 1.01 * exact
 
 
-def test_same_request_same_bits(real_prompts: list[str]) -> None:
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_same_request_same_bits(mode: str, real_prompts: list[str]) -> None:
+    """The default mode has the whole table, in test_same_bits.py."""
     subject = real_prompts[33][:600]
     crowd = [text[:300] for text in real_prompts if not text.startswith(subject)][:12]
 
@@ -43,16 +59,17 @@ def test_same_request_same_bits(real_prompts: list[str]) -> None:
         answers = llm.generate([*others, subject, subject], [*mates, *PARAMS])
         return [(answer.token_ids, answer.logprobs) for answer in answers[len(others) :]]
 
-    alone = bits(engine(quantization="int8", enable_prefix_caching=False), [])
-    shared = engine(quantization="int8")
+    alone = bits(engine(quantization=mode, enable_prefix_caching=False), [])
+    shared = engine(quantization=mode)
+    assert shared.info.quantization == KINDS[mode]
     assert bits(shared, crowd) == alone
     assert bits(shared, crowd) == alone  # warm
-    assert bits(engine(quantization="int8", long_prefill_token_threshold=7), []) == alone
-    assert bits(engine(quantization="int8", num_threads=1), crowd[:3]) == alone
+    assert bits(engine(quantization=mode, long_prefill_token_threshold=7), []) == alone
+    assert bits(engine(quantization=mode, num_threads=1), crowd[:3]) == alone
 
 
 def test_what_it_does_not_go_with() -> None:
     with pytest.raises(ValueError, match="int8 takes dtype auto or float32, got bfloat16"):
         engine(quantization="int8", dtype="bfloat16")
-    with pytest.raises(ValueError, match="quantization must be one of none, int8, got 'int3'"):
+    with pytest.raises(ValueError, match="must be one of auto, none, int8, int4, gguf, got 'int3'"):
         engine(quantization="int3")
