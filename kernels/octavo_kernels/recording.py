@@ -139,6 +139,11 @@ class Recording:
 class _Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises where torch computes; views and the like are of no concern to a replay."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would import its compiler, 2 s and 100 MB, to keep it away from here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view and func is not torch.ops.aten.detach.default:
             raise UnrecordableError(f"torch computes {func} while launches are recorded")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -144,3 +147,17 @@ def test_launches_can_be_run_one_by_one() -> None:
     found.replay_each(calls.append, lambda task: calls.append(-task))
     assert counts.tolist() == [4, 2]
     assert calls == [_count.address, -_count.address] * 2
+
+
+def test_recording_does_not_import_torchs_compiler() -> None:
+    code = """
+import sys
+import torch
+from octavo_kernels import memory
+from octavo_kernels.recording import Arena, recording
+with recording(Arena(1 << 16)):
+    memory.empty((2, 2), torch.float32).view(4)
+assert "torch._dynamo" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
