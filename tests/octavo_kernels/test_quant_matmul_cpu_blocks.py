@@ -13,17 +13,22 @@ from torch import Tensor
 from octavo_kernels import num_threads, set_num_threads
 from octavo_kernels.quant_matmul.block_reference import matmul_blocks_reference, quantised_rows
 from octavo_kernels.quant_matmul.blocks import (
+    BlockRows,
     BlockWeight,
     Kind,
     dequantise,
     gated_blocks,
+    gated_rows,
     gather_rows,
     matmul_blocks,
+    quantise_rows,
+    rms_norm_rows,
     warm,
     write_blocks,
     write_rows,
 )
 from octavo_kernels.quant_matmul.cpu_dot import CpuPath, host_path, supported_paths
+from octavo_kernels.rms_norm import rms_norm
 from octavo_kernels.silu_mul import gelu_tanh_mul, silu_mul
 from octavo_kernels.testing import same_bits
 
@@ -125,9 +130,68 @@ def test_bits_depend_on_neither_threads_nor_batch_mates(kind: Kind) -> None:
     for threads in (1, 2, 3):
         set_num_threads(threads)
         assert same_bits(matmul_blocks(x, weight, residual=residual), want), threads
-        for size in (1, 2, 3, 4, 5, 8, 12, 13, 17, 25):
+        for size in (1, 2, 3, 4, 5, 8, 12, 13, 16, 17, 25):
             part = matmul_blocks(x[:size], weight, residual=residual[:size])
             assert same_bits(part, want[:size]), (threads, size)
+
+
+def _records(rows: BlockRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [T, B, 32], scales and last words [T, B], from the layout that `cpu_records` tells."""
+    num_rows, blocks = rows.num_rows, -(-rows.k // 32)
+    chunks = 1 if num_rows <= 16 else -(-num_rows // 12)
+    edges = [chunk * num_rows // chunks for chunk in range(chunks + 1)]
+    pieces = [
+        rows.data[start * blocks * 40 : end * blocks * 40].view(blocks, end - start, 40)
+        for start, end in zip(edges, edges[1:], strict=False)
+    ]
+    found = torch.cat(pieces, 1).transpose(0, 1).contiguous()
+    words = found.view(torch.int32)
+    return found[..., :32].view(torch.int8), words[..., 8].view(torch.float32), words[..., 9]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_quantised_as_defined(kind: Kind) -> None:
+    torch.manual_seed(8)
+    for num_rows, k in ((1, 5), (3, 70), (15, 576), (16, 576), (17, 576), (50, 131)):
+        x = torch.randn(num_rows, k)
+        codes, scale = quantised_rows(x)
+        got, got_scale, last = _records(quantise_rows(x, kind=kind))
+        assert torch.equal(got.double(), codes), (num_rows, k)
+        assert torch.equal(got_scale, scale[..., 0].float())
+        total = got.int().sum(2)
+        if kind == "q4_1":
+            assert same_bits(last.view(torch.float32), total.float() * got_scale)
+        else:
+            assert torch.equal(last, total * -{"q4_0": 8, "q8_0": 128}[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_rows_give_the_bits_of_floats(kind: Kind) -> None:
+    torch.manual_seed(9)
+    for n, k in ((64, 90), (2048, 576)):
+        weight, gain = _weight(kind, torch.randn(n, k) / 10), torch.randn(k)
+        for num_rows in (0, 1, 5, 16, 17, 40):
+            x = torch.randn(num_rows, k)
+            normed = rms_norm(x, gain, eps=1e-5)
+            rows = rms_norm_rows(x, gain, eps=1e-5, kind=kind)
+            assert same_bits(rows.data, quantise_rows(normed, kind=kind).data)
+            assert same_bits(matmul_blocks(rows, weight), matmul_blocks(normed, weight))
+            gated = gated_blocks(rows, weight)
+            assert same_bits(gated, gated_blocks(normed, weight))
+            for after in KINDS:
+                want = quantise_rows(gated, kind=after)
+                for given in (rows, normed):
+                    got = gated_rows(given, weight, kind=after)
+                    assert same_bits(got.data, want.data) and got.k == n // 2
+
+
+def test_gated_rows_of_any_width_and_gate() -> None:
+    torch.manual_seed(10)
+    for half in (7, 48, 96):  # a panel of both, a block that gate panels share, whole blocks
+        weight, x = _weight("q4_1", torch.randn(2 * half, 40)), torch.randn(20, 40)
+        want = quantise_rows(gated_blocks(x, weight, is_gelu=True), kind="q8_0")
+        got = gated_rows(x, weight, kind="q8_0", is_gelu=True)
+        assert same_bits(got.data, want.data)
 
 
 @pytest.mark.parametrize("half", [77, 80])
@@ -229,6 +293,14 @@ def test_refusals_name_what_was_got() -> None:
         gated_blocks(x, _weight("q4_1", torch.randn(9, 64)))
     with pytest.raises(ValueError, match="this machine's paths are .*generic, got 'avx9'"):
         matmul_blocks(x, weight, path="avx9")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"quantised for q4_1, got rows of 64 .* zero 8"):
+        matmul_blocks(quantise_rows(x, kind="q4_0"), weight)
+    with pytest.raises(ValueError, match="x contiguous float32 of 2 dimensions, got .*float64"):
+        quantise_rows(x.double(), kind="q4_1")
+    with pytest.raises(ValueError, match=r"weight \[64\], got \[63\]"):
+        rms_norm_rows(x, torch.ones(63), eps=1e-5, kind="q4_1")
+    with pytest.raises(ValueError, match="no kernel for device 'meta'"):
+        rms_norm_rows(x.to("meta"), torch.ones(64), eps=1e-5, kind="q4_1")
     with pytest.raises(ValueError, match=r"ids in \[0, 10\), got -1..3"):
         gather_rows(weight, torch.tensor([3, -1]))
     with pytest.raises(ValueError, match=r"rows 8..11 do not fit a weight of 10 rows"):

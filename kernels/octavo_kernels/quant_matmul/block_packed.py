@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from octavo_kernels.matmul.packed import weight_zeros
-from octavo_kernels.quant_matmul.cpu_blocks_tile import BLOCK, FORMATS, Kind
+from octavo_kernels.quant_matmul.cpu_blocks_tile import FORMATS, Kind
+from octavo_kernels.quant_matmul.cpu_records import BLOCK
 from octavo_kernels.simd import LANES
 
 _ROWS_AT_ONCE = 1024  # that are quantised together: bounds the temporaries

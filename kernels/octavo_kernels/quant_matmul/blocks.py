@@ -22,31 +22,31 @@ from octavo_kernels.quant_matmul.block_packed import (
     write_blocks,
     write_rows,
 )
-from octavo_kernels.quant_matmul.cpu_blocks import (
-    GELU,
-    SILU,
-    gather_kernel,
-    matmul_kernel,
-    quantise_kernel,
-)
-from octavo_kernels.quant_matmul.cpu_blocks_tile import (
-    FORMATS,
-    RECORD_BYTES,
-    TILE_ROWS,
-    Kind,
-)
+from octavo_kernels.quant_matmul.block_rows import BlockRows, quantise_rows, rms_norm_rows
+from octavo_kernels.quant_matmul.cpu_blocks import GELU, SILU, gather_kernel, matmul_kernel
+from octavo_kernels.quant_matmul.cpu_blocks_tile import FORMATS, Kind
 from octavo_kernels.quant_matmul.cpu_dot import CpuPath, host_path, supported_paths
+from octavo_kernels.quant_matmul.cpu_records import (
+    BLOCK,
+    RECORD_BYTES,
+    normalise_blocks,
+    quantise_blocks,
+)
 from octavo_kernels.silu_mul import gelu_tanh_mul, silu_mul
 from octavo_kernels.simd import LANES
 
 __all__ = [
+    "BlockRows",
     "BlockWeight",
     "Kind",
     "dequantise",
     "gated_blocks",
+    "gated_rows",
     "gather_rows",
     "kernels",
     "matmul_blocks",
+    "quantise_rows",
+    "rms_norm_rows",
     "warm",
     "write_blocks",
     "write_rows",
@@ -64,7 +64,7 @@ _PARTS_PER_THREAD = 2
 
 
 def matmul_blocks(
-    x: Tensor,
+    x: Tensor | BlockRows,
     weight: BlockWeight,
     *,
     bias: Tensor | None = None,
@@ -74,13 +74,11 @@ def matmul_blocks(
 ) -> Tensor:
     """x [T, K] float32 @ W[N, K]^T (+ bias [N]) (+ residual [T, N]) -> [T, N] float32.
 
-    A row of x with a NaN or an infinity gives NaN. `out` may be neither x nor residual; `path` is
-    the fastest this machine has. Raises ValueError for another device, dtype or shape, or for
-    tensors that are not contiguous.
+    x may come quantised: the bits are the same. A row of x with a NaN or an infinity gives NaN.
+    `out` may be neither x nor residual; `path` is the fastest this machine has. Raises ValueError
+    for another device, dtype or shape, or for tensors that are not contiguous.
     """
-    if not _is_plain(x, 2) or x.shape[1] != weight.k:
-        raise _refusal("x", x, ("T", weight.k))
-    num_rows, n = x.shape[0], weight.n
+    num_rows, n = _num_rows(x, weight), weight.n
     if out is None:
         out = memory.empty((num_rows, n))
     elif not _is_plain(out, 2) or out.shape != (num_rows, n):
@@ -98,27 +96,12 @@ def matmul_blocks(
         if residual_at == out_at and num_rows:
             raise ValueError("matmul_blocks cannot add a residual that is also its out")
     if num_rows:
-        path = _supported(path)
-        parts, x_at, records = _quantised(x, weight, path, weight.data.shape[0])
-        matmul_kernel(weight.kind, path)(
-            parts,
-            x_at,
-            records.data_ptr(),
-            weight.data.data_ptr(),
-            out_at,
-            bias_at,
-            residual_at,
-            0,
-            num_rows,
-            n,
-            weight.k,
-            0,
-        )
+        _launch(x, weight, n, path, 1, out_at, bias_at, residual_at, 0, -1)
     return out
 
 
 def gated_blocks(
-    x: Tensor,
+    x: Tensor | BlockRows,
     weight: BlockWeight,
     *,
     is_gelu: bool = False,
@@ -130,14 +113,8 @@ def gated_blocks(
     With is_gelu the tanh form of gelu in silu's place.
     Raises ValueError as `matmul_blocks` does, and for a weight of an odd number of rows.
     """
-    width = weight.n // 2
-    if weight.n % 2:
-        raise ValueError(
-            f"gated_blocks needs gate and up rows, as many of each, got {weight.n} rows"
-        )
-    if not _is_plain(x, 2) or x.shape[1] != weight.k:
-        raise _refusal("x", x, ("T", weight.k))
-    num_rows = x.shape[0]
+    width = _gate_width(weight)
+    num_rows = _num_rows(x, weight)
     if out is None:
         out = memory.empty((num_rows, width))
     elif not _is_plain(out, 2) or out.shape != (num_rows, width):
@@ -146,24 +123,99 @@ def gated_blocks(
         gate = gelu_tanh_mul if is_gelu else silu_mul
         return gate(matmul_blocks(x, weight, path=path), out=out)
     if num_rows:
-        path = _supported(path)
-        parts, x_at, records = _quantised(x, weight, path, width // LANES)
-        ups = memory.empty((parts * TILE_ROWS[path] * LANES,))
-        matmul_kernel(weight.kind, path)(
-            parts,
-            x_at,
-            records.data_ptr(),
-            weight.data.data_ptr(),
-            out.data_ptr(),
-            0,
-            0,
-            ups.data_ptr(),
-            num_rows,
-            width,
-            weight.k,
-            GELU if is_gelu else SILU,
-        )
+        gate_id = GELU if is_gelu else SILU
+        _launch(x, weight, width, path, 1, out.data_ptr(), 0, 0, gate_id, -1)
     return out
+
+
+def gated_rows(
+    x: Tensor | BlockRows,
+    weight: BlockWeight,
+    *,
+    kind: Kind,
+    is_gelu: bool = False,
+    path: CpuPath | None = None,
+) -> BlockRows:
+    """`quantise_rows` of `gated_blocks`, to the bit; in the same launch where F % 32 = 0.
+
+    Raises ValueError as `gated_blocks` does.
+    """
+    width = _gate_width(weight)
+    if width % BLOCK:
+        return quantise_rows(gated_blocks(x, weight, is_gelu=is_gelu, path=path), kind=kind)
+    rows = BlockRows.empty(_num_rows(x, weight), width, kind=kind)
+    if rows.num_rows:
+        gate_id = GELU if is_gelu else SILU
+        _launch(x, weight, width, path, 2, rows.data.data_ptr(), 0, 0, gate_id, rows.zero)
+    return rows
+
+
+def _gate_width(weight: BlockWeight) -> int:
+    if weight.n % 2:
+        raise ValueError(
+            f"gated_blocks needs gate and up rows, as many of each, got {weight.n} rows"
+        )
+    return weight.n // 2
+
+
+def _num_rows(x: Tensor | BlockRows, weight: BlockWeight) -> int:
+    """Of x, which is made sure to fit the weight."""
+    if isinstance(x, BlockRows):
+        if x.k != weight.k or x.zero != FORMATS[weight.kind].zero:
+            raise ValueError(
+                f"matmul_blocks needs rows of {weight.k} quantised for {weight.kind}, got rows of"
+                f" {x.k} for weights with the zero {x.zero}"
+            )
+        return x.num_rows
+    if not _is_plain(x, 2) or x.shape[1] != weight.k:
+        raise _refusal("x", x, ("T", weight.k))
+    return x.shape[0]
+
+
+def _launch(
+    x: Tensor | BlockRows,
+    weight: BlockWeight,
+    n: int,
+    path: CpuPath | None,
+    panels_at_once: int,
+    out_at: int,
+    bias_at: int,
+    residual_at: int,
+    gate: int,
+    next_zero: int,
+) -> None:
+    """Launches the matmul for n outputs, and the quantisation before it where x asks for one."""
+    path = _supported(path)
+    most = -(-n // (LANES * panels_at_once))
+    parts, x_at = min(most, _PARTS_PER_THREAD * num_threads()), 0
+    if isinstance(x, Tensor):
+        num_rows, k = x.shape
+        is_alone = num_rows * weight.n * k < _ALONE
+        if is_alone or num_rows * k <= _QUANTISE_EACH:
+            parts, x_at = 1 if is_alone else min(most, num_threads()), x.data_ptr()
+            size = parts * num_rows * weight.data.shape[1] * RECORD_BYTES
+            records = memory.empty((size,), torch.uint8)
+        else:
+            rows = quantise_rows(x, kind=weight.kind)
+            records = rows.data
+    else:
+        num_rows, records = x.num_rows, x.data
+        if num_rows * weight.n * x.k < _ALONE:
+            parts = 1
+    matmul_kernel(weight.kind, path)(
+        parts,
+        x_at,
+        records.data_ptr(),
+        weight.data.data_ptr(),
+        out_at,
+        bias_at,
+        residual_at,
+        num_rows,
+        n,
+        weight.k,
+        gate,
+        next_zero,
+    )
 
 
 def gather_rows(weight: BlockWeight, ids: Tensor) -> Tensor:
@@ -211,27 +263,6 @@ def _supported(path: CpuPath | None) -> CpuPath:
     return path
 
 
-def _quantised(
-    x: Tensor, weight: BlockWeight, path: CpuPath, panels: int
-) -> tuple[int, int, Tensor]:
-    """How many parts to launch, x's address if each is to quantise it, and room for records."""
-    num_rows, k = x.shape
-    num_bytes = num_rows * weight.data.shape[1] * RECORD_BYTES
-    is_alone = num_rows * weight.n * k < _ALONE
-    if is_alone or num_rows * k <= _QUANTISE_EACH:
-        parts = 1 if is_alone else min(panels, num_threads())
-        return parts, x.data_ptr(), memory.empty((parts * num_bytes,), torch.uint8)
-    records = memory.empty((num_bytes,), torch.uint8)
-    quantise_kernel(FORMATS[weight.kind].zero, TILE_ROWS[path])(
-        min(num_rows, num_threads()),
-        x.data_ptr(),
-        records.data_ptr(),
-        num_rows,
-        k,
-    )
-    return min(panels, _PARTS_PER_THREAD * num_threads()), 0, records
-
-
 def _is_plain(tensor: Tensor, dims: int) -> bool:
     return (
         tensor.dtype == torch.float32
@@ -252,10 +283,10 @@ def _refusal(name: str, tensor: Tensor, shape: Sequence[int | str]) -> ValueErro
 
 def kernels(kind: Kind) -> tuple[Kernel, ...]:
     """What a server with weights of a kind calls on this machine."""
-    path = host_path()
     return (
-        quantise_kernel(FORMATS[kind].zero, TILE_ROWS[path]),
-        matmul_kernel(kind, path),
+        quantise_blocks,
+        normalise_blocks,
+        matmul_kernel(kind, host_path()),
         gather_kernel(kind),
     )
 

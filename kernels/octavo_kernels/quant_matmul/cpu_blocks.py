@@ -1,8 +1,7 @@
 """The CPU matmul over panels of 4- and 8-bit blocks: which tile runs where.
 
-Knows addresses, no tensors. Activations are quantised by a launch of their own, into records laid
-out tile by tile; a part of the matmul is a run of panels, and a panel stays in the first-level
-cache while every tile of rows is computed from it.
+Knows addresses, no tensors. Activations are records (`cpu_records`); a part of the matmul is a run
+of panels, and a panel stays in the first-level cache while every chunk of rows meets it.
 """
 
 from __future__ import annotations
@@ -11,23 +10,32 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 
-from octavo_kernels.matmul.cpu import add_extras, read_id, refuse_row
+from octavo_kernels.matmul.cpu import read_id, refuse_row
+from octavo_kernels.native import intrinsic
 from octavo_kernels.parallel import Kernel, device, kernel
 from octavo_kernels.quant_matmul.cpu_blocks_tile import (
-    BLOCK,
     FORMATS,
-    RECORD_BYTES,
-    TILE_ROWS,
     Kind,
-    make_quantiser,
     make_tiles,
+    tile_height,
 )
 from octavo_kernels.quant_matmul.cpu_dot import CpuPath
+from octavo_kernels.quant_matmul.cpu_records import (
+    BLOCK,
+    CHUNK_ROWS,
+    RECORD_BYTES,
+    chunk_start,
+    num_chunks,
+    quantise_block,
+    quantise_rows,
+)
 from octavo_kernels.silu_mul.cpu import gate_gelu, gate_silu
 from octavo_kernels.simd import (
     LANES,
+    add,
     first_lanes,
     get_f16,
     get_i32,
@@ -35,6 +43,7 @@ from octavo_kernels.simd import (
     load_f32_masked,
     put_f32,
     store_f32,
+    store_f32_masked,
 )
 from octavo_kernels.vectors import F32, vector_op
 
@@ -44,6 +53,10 @@ _AHEAD_BYTES = 2560
 _AHEAD_ROWS = 5
 # The gate a matmul may end with; 0 is none.
 SILU, GELU = 1, 2
+_SUM_BYTES = 4 * LANES  # of a row in a tile's sums
+# Of a tile's sums; and of those of two panels and of what they are gated with.
+_TILE_BYTES = CHUNK_ROWS * _SUM_BYTES
+_SCRATCH_BYTES = 4 * _TILE_BYTES
 
 
 @vector_op(types.float32, types.int64)
@@ -57,55 +70,55 @@ def _times_plus(b: Any, a: Any) -> Any:
     return b.fadd(b.fmul(a[0], a[1]), a[2])
 
 
+@intrinsic
+def _scratch(typingctx):  # type: ignore[no-untyped-def]
+    """The address of _SCRATCH_BYTES on the stack, aligned to a line."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        with builder.goto_entry_block():
+            place = builder.alloca(ir.ArrayType(ir.IntType(8), _SCRATCH_BYTES))
+            place.align = 64
+        return builder.ptrtoint(place, ir.IntType(64))
+
+    return types.int64(), codegen
+
+
 @device
-def _gate(out: int, rows: int, out_stride: int, up: int, gate: int) -> None:
-    """out = act(out) * up over one tile of 16 outputs; rows of up are dense."""
+def _rows_of_tile(left: int, most: int) -> int:
+    """Of the next tile of a chunk with that many rows left, as even as can be."""
+    return left if left <= most else left // ((left + most - 1) // most)
+
+
+@device
+def _gate(sums: int, panels: int, rows: int, gate: int) -> None:
+    """sums = act(sums) * ups for one or two panels of a tile."""
+    for panel in range(sums, sums + panels * _TILE_BYTES, _TILE_BYTES):
+        for at in range(panel, panel + rows * _SUM_BYTES, _SUM_BYTES):
+            value, up = load_f32(at), load_f32(at + 2 * _TILE_BYTES)
+            store_f32(at, gate_silu(value, up) if gate == SILU else gate_gelu(value, up))
+
+
+@device
+def _put(
+    sums: int, stride: int, rows: int, row: int, column: int, n: int, out: int, bias: int, more: int
+) -> None:
+    """out = (sums + bias) + more over a tile at (row, column); either may be absent (address 0)."""
+    mask = first_lanes(n - column)
     for r in range(rows):
-        at = out + r * out_stride
-        value, other = load_f32(at), load_f32(up + r * 4 * LANES)
-        store_f32(at, gate_silu(value, other) if gate == SILU else gate_gelu(value, other))
+        value, shift = load_f32(sums + r * stride), 4 * ((row + r) * n + column)
+        if bias != 0:
+            value = add(value, load_f32_masked(bias + 4 * column, mask))
+        if more != 0:
+            value = add(value, load_f32_masked(more + shift, mask))
+        store_f32_masked(out + shift, value, mask)
 
 
-@cache
-def _quantiser(zero: int, tile_rows: int) -> Any:
-    """Device function that quantises rows first..end of [T, K] into [tile][block][row of tile]."""
-    quantise = make_quantiser(zero)
-
-    def run(x: int, records: int, num_rows: int, k: int, first: int, end: int) -> None:
-        num_tiles = (num_rows + tile_rows - 1) // tile_rows
-        blocks, left = (k + BLOCK - 1) // BLOCK, k % BLOCK
-        tile, row, rows = 0, 0, num_rows // num_tiles
-        for index in range(first, end):
-            while index >= row + rows:
-                tile += 1
-                row = tile * num_rows // num_tiles
-                rows = (tile + 1) * num_rows // num_tiles - row
-            spot = records + (row * blocks + index - row) * RECORD_BYTES
-            source = x + 4 * index * k
-            for block in range(k // BLOCK):
-                at = source + 4 * BLOCK * block
-                quantise(load_f32(at), load_f32(at + 64), spot + block * rows * RECORD_BYTES)
-            if left != 0:
-                at = source + 4 * (k - left)
-                low = load_f32_masked(at, first_lanes(left))
-                high = load_f32_masked(at + 64, first_lanes(left - LANES))
-                quantise(low, high, spot + (blocks - 1) * rows * RECORD_BYTES)
-
-    run.__qualname__ = f"quantise_{zero}_{tile_rows}"
-    return device(run)
-
-
-@cache
-def quantise_kernel(zero: int, tile_rows: int) -> Kernel:
-    """Quantises rows [T, K] into records for weights of that zero and tiles of those rows."""
-    quantise_rows = _quantiser(zero, tile_rows)
-
-    def body(part: int, num_parts: int, x: int, records: int, num_rows: int, k: int) -> None:
-        first, end = part * num_rows // num_parts, (part + 1) * num_rows // num_parts
-        quantise_rows(x, records, num_rows, k, first, end)
-
-    body.__name__ = f"quantise_blocks_{zero}_{tile_rows}"
-    return kernel(body)
+@device
+def _put_records(sums: int, rows: int, to: int, zero: int) -> None:
+    """Quantises a tile's sums of two panels into records one behind the other."""
+    for at in range(sums, sums + rows * _SUM_BYTES, _SUM_BYTES):
+        quantise_block(load_f32(at), load_f32(at + _TILE_BYTES), to, zero)
+        to += RECORD_BYTES
 
 
 @cache
@@ -115,11 +128,11 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
     With x (address 0 if records are ready) every part first makes records of its own, one behind
     the other: shorter than a launch that does it for all, where rows are few.
     With a gate (SILU or GELU, else 0) the panels hold G and then U, [n, K] each with n % 16 == 0,
-    and out is act(x @ G^T) * (x @ U^T); `ups` has room for a tile of 16 outputs for each part.
+    and out is act(x @ G^T) * (x @ U^T). With a gate and next_zero from 0 on, n % 32 == 0 and out
+    are records of that, for weights of that zero.
     """
-    run_tile = make_tiles(kind, path)
-    tile_rows, piece_bytes = TILE_ROWS[path], FORMATS[kind].panel_bytes
-    quantise_rows = _quantiser(FORMATS[kind].zero, tile_rows)
+    run_tile, tile_rows = make_tiles(kind, path), tile_height(kind, path)
+    piece_bytes, zero = FORMATS[kind].panel_bytes, FORMATS[kind].zero
 
     def body(
         part: int,
@@ -130,42 +143,49 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
         out: int,
         bias: int,
         residual: int,
-        ups: int,
         num_rows: int,
         n: int,
         k: int,
         gate: int,
+        next_zero: int,
     ) -> None:
         blocks = (k + BLOCK - 1) // BLOCK
         if x != 0:
             records += part * num_rows * blocks * RECORD_BYTES
-            quantise_rows(x, records, num_rows, k, 0, num_rows)
-        num_panels = (n + LANES - 1) // LANES
-        num_tiles = (num_rows + tile_rows - 1) // tile_rows
-        panel_bytes = blocks * piece_bytes
+            quantise_rows(x, records, num_rows, k, zero, 0, num_rows)
+        num_panels, panel_bytes = (n + LANES - 1) // LANES, blocks * piece_bytes
         ahead = _AHEAD_BYTES if num_rows < _AHEAD_ROWS else panel_bytes
-        up = ups + part * tile_rows * 4 * LANES
-        for panel in range(part * num_panels // num_parts, (part + 1) * num_panels // num_parts):
-            columns = min(LANES, n - panel * LANES)
-            offset = 4 * panel * LANES
-            panel_w = w + panel * panel_bytes
-            for tile in range(num_tiles):
-                row = tile * num_rows // num_tiles
-                rows = (tile + 1) * num_rows // num_tiles - row
-                spot = out + offset + row * n * 4
-                source = records + row * blocks * RECORD_BYTES
-                to, stride = spot, n * 4
-                # One place that calls: tiles are long to compile.
-                for half in range(1 if gate == 0 else 2):
-                    half_w = panel_w + half * num_panels * panel_bytes
-                    run_tile(rows, source, half_w, blocks, to, stride, columns, ahead)
-                    to, stride = up, 4 * LANES
-                if gate != 0:
-                    _gate(spot, rows, n * 4, up, gate)
-                if bias != 0 or residual != 0:
-                    left = bias + offset if bias != 0 else 0
-                    right = residual + (spot - out) if residual != 0 else 0
-                    add_extras(spot, rows, columns, n * 4, left, right)
+        sums, chunks = _scratch(), num_chunks(num_rows)
+        step = 1 if next_zero < 0 else 2  # a record takes two panels
+        units = num_panels // step
+        for unit in range(part * units // num_parts, (part + 1) * units // num_parts):
+            panel, start = unit * step, 0
+            is_direct = gate == 0 and n - panel * LANES >= LANES
+            for chunk in range(chunks):
+                end = num_rows if chunks == 1 else chunk_start(chunk + 1, num_rows)
+                row = start
+                while row < end:
+                    rows = _rows_of_tile(end - row, tile_rows)
+                    at = records + (start * blocks + row - start) * RECORD_BYTES
+                    spot, stride = sums, _SUM_BYTES
+                    if is_direct:
+                        spot, stride = out + 4 * (row * n + panel * LANES), 4 * n
+                    # One place that calls: tiles are long to compile.
+                    for job in range(1 if gate == 0 else 2 * step):
+                        half, which = job & 1, job >> 1
+                        piece = w + (panel + which + half * num_panels) * panel_bytes
+                        to = spot + (which + 2 * half) * _TILE_BYTES
+                        x_stride = (end - start) * RECORD_BYTES
+                        run_tile(rows, at, x_stride, piece, blocks, to, stride, ahead)
+                    if gate != 0:
+                        _gate(sums, step, rows, gate)
+                    if next_zero >= 0:
+                        place = start * (n // BLOCK) + unit * (end - start) + row - start
+                        _put_records(sums, rows, out + place * RECORD_BYTES, next_zero)
+                    elif not is_direct or bias != 0 or residual != 0:
+                        _put(spot, stride, rows, row, panel * LANES, n, out, bias, residual)
+                    row += rows
+                start = end
 
     body.__name__ = f"matmul_blocks_{kind}_{path}"
     return kernel(body)

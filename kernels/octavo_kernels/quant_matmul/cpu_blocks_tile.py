@@ -1,13 +1,11 @@
-"""Emits the register tile over blocks of 4- and 8-bit weights, and quantises activations for it.
+"""Emits the register tile over blocks of 4- and 8-bit weights.
 
-Knows one tile's loop; no panels, no tensors.
+Knows one panel and one chunk of rows; no layout beyond, no tensors.
 
 A block is 32 elements of K. Its weights are one piece of a panel of 16 outputs: 32-bit words of
 four k for each output, [4][16] words for 4 bits (word i holds quad i in its low nibbles and quad
 4 + i in its high ones) or [8][16] for 8 bits (codes + 128), then 16 float16 scales and, for
-`q4_1`, 16 float16 minima. Its activations are a record of 40 bytes: 32 int8 codes, the float32
-scale, and the float32 sum of what the codes stand for (`q4_1`) or the int32 that takes the
-weights' zero point off every sum (-8 or -128 times the sum of the codes).
+`q4_1`, 16 float16 minima. Its activations are records (`cpu_records`).
 """
 
 from __future__ import annotations
@@ -19,33 +17,18 @@ from typing import Any, Literal
 from llvmlite import ir
 from numba.core import types
 
-from octavo_kernels.parallel import device, intrinsic
+from octavo_kernels.native import intrinsic
+from octavo_kernels.parallel import device
 from octavo_kernels.quant_matmul.cpu_dot import (
     CHUNK_LANES,
     CpuPath,
     emit_dot,
-    lanes_below,
     splat_i32,
 )
-from octavo_kernels.vectors import (
-    F16,
-    F32,
-    I32,
-    I64,
-    LANES,
-    VF32,
-    VI32,
-    call_llvm,
-    emit_splat,
-    f32x16,
-    pointer,
-    vector_op,
-)
+from octavo_kernels.quant_matmul.cpu_records import BLOCK, RECORD_BYTES
+from octavo_kernels.vectors import F16, F32, I32, I64, LANES, call_llvm, pointer
 
 Kind = Literal["q4_0", "q4_1", "q8_0"]
-
-BLOCK = 32
-RECORD_BYTES = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,76 +61,18 @@ FORMATS: dict[Kind, BlockFormat] = {
     "q8_0": BlockFormat(file_bytes=34, bits=8, zero=128),
 }
 
-# Of the largest tile, which has a float and an integer sum for each row and spills nothing: 12
+# Of the largest tile, which has an integer and a float sum for each row and spills nothing: 12
 # rows fill 29 of AVX-512's 32 registers; of AVX2's 16, products without VNNI need more.
-TILE_ROWS: dict[CpuPath, int] = {"avx512_vnni": 12, "avx_vnni": 5, "avx2": 3, "generic": 2}
+_TILE_ROWS: dict[CpuPath, int] = {"avx512_vnni": 12, "avx_vnni": 5, "avx2": 3, "generic": 2}
+# With this many the float sums of a few live in the first-level cache, which costs less than
+# unpacking 4-bit weights for two tiles.
+_TALL_ROWS = 16
 
 
-# ---- activations -----------------------------------------------------------------------------
-
-_SMALLEST_BITS = 0x04000000  # 2**-119 = 1.5e-36, below which 127 / x would soon be infinite
-_INF_BITS = 0x7F800000
-_ROUNDER = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
-_ROUNDER_BITS = 0x4B400000
-
-
-def _splat_int(value: int) -> Any:
-    return ir.Constant(VI32, [value] * LANES)
-
-
-def _fold(b: Any, vector: Any, combine: Any) -> Any:
-    width = LANES
-    while width > 1:
-        width //= 2
-        kind = ir.VectorType(I32, width)
-        halves = [
-            b.shuffle_vector(vector, vector, ir.Constant(kind, list(range(at, at + width))))
-            for at in (0, width)
-        ]
-        vector = combine(*halves)
-    return b.extract_element(vector, I32(0))
-
-
-@cache
-def make_quantiser(zero: int) -> Any:
-    """Device function quantise(v0, v1, record): 32 floats to a record for weights of that zero.
-
-    scale = amax / 127, code = round(x * (127 / amax)) to even; a NaN or an infinity makes the
-    scale NaN, and magnitudes below 1.5e-36 count as zero.
-    """
-
-    @vector_op(types.void, f32x16, f32x16, types.int64)
-    def quantise(b: Any, a: Any) -> Any:
-        values = a[:2]
-        sizes = [b.and_(b.bitcast(v, VI32), _splat_int(0x7FFFFFFF)) for v in values]
-
-        def larger(x: Any, y: Any) -> Any:
-            return b.select(b.icmp_signed(">", x, y), x, y)
-
-        # Of magnitudes as integers: no order of comparing loses a NaN.
-        top = _fold(b, larger(*sizes), larger)
-        amax = b.bitcast(top, F32)
-        is_finite = b.icmp_signed("<", top, I32(_INF_BITS))
-        is_live = b.and_(is_finite, b.icmp_signed(">=", top, I32(_SMALLEST_BITS)))
-        inverse = b.select(is_live, b.fdiv(F32(127.0), amax), F32(0.0))
-        scale = b.select(is_live, b.fdiv(amax, F32(127.0)), F32(0.0))
-        scale = b.select(is_finite, scale, F32(float("nan")))
-        rounder = ir.Constant(VF32, [_ROUNDER] * LANES)
-        codes = []
-        for index, value in enumerate(values):
-            shifted = b.fadd(b.fmul(value, emit_splat(b, inverse)), rounder)
-            codes.append(b.sub(b.bitcast(shifted, VI32), _splat_int(_ROUNDER_BITS)))
-            small = b.trunc(codes[-1], ir.VectorType(ir.IntType(8), LANES))
-            b.store(small, pointer(b, b.add(a[2], I64(LANES * index)), small.type), align=1)
-        total = _fold(b, b.add(*codes), b.add)
-        b.store(scale, pointer(b, b.add(a[2], I64(32)), F32), align=4)
-        last = b.mul(total, I32(-zero)) if zero else b.fmul(b.sitofp(total, F32), scale)
-        b.store(last, pointer(b, b.add(a[2], I64(36)), last.type), align=4)
-
-    return quantise
-
-
-# ---- the tile --------------------------------------------------------------------------------
+def tile_height(kind: Kind, path: CpuPath) -> int:
+    """Rows of the largest tile."""
+    is_tall = path == "avx512_vnni" and FORMATS[kind].bits == 4
+    return _TALL_ROWS if is_tall else _TILE_ROWS[path]
 
 
 class _Integers:
@@ -192,17 +117,68 @@ class _Integers:
         return self._b.add(wide, self._offset(record)) if self._zero else wide
 
 
+class _Piece:
+    """A block's weights for the path's lanes from the output `first` on."""
+
+    def __init__(self, b: Any, at: Any, form: BlockFormat, path: CpuPath, first: int) -> None:
+        self._b, self._at, self._form, self._path = b, at, form, path
+        self._first, self._lanes = first, CHUNK_LANES[path]
+        self._floats = ir.VectorType(F32, self._lanes)
+
+    def _words(self, i: int, kind: ir.VectorType) -> list[tuple[int, Any]]:
+        """The i-th words as codes, with the quads of K that they are for."""
+        b, where = self._b, self._b.add(self._at, I64(64 * i + 4 * self._first))
+        words = b.load(pointer(b, where, kind), align=4)
+        if self._form.bits == 8:
+            return [(i, words)]
+        low = ir.Constant(kind, [0x0F0F0F0F] * self._lanes)
+        high = b.lshr(words, ir.Constant(kind, [4] * self._lanes))
+        return [(i, b.and_(words, low)), (i + 4, b.and_(high, low))]
+
+    def _halves(self, offset: int) -> Any:
+        b, kind = self._b, ir.VectorType(F16, self._lanes)
+        where = b.add(self._at, I64(self._form.code_bytes + offset + 2 * self._first))
+        return b.fpext(b.load(pointer(b, where, kind), align=2), self._floats)
+
+    def _spread(self, record: Any, offset: int) -> Any:
+        where = pointer(self._b, self._b.add(record, I64(offset)), F32)
+        return splat_i32(self._b, self._b.load(where, align=4), self._lanes)
+
+    def _fma(self, x: Any, y: Any, z: Any) -> Any:
+        return call_llvm(self._b, f"llvm.fma.v{self._lanes}f32", self._floats, [x, y, z])
+
+    def emit_sums(self, values: list[Any], records: list[Any]) -> list[Any]:
+        """Emits the sums of some rows so far, plus this block."""
+        b, integers = self._b, _Integers(self._b, self._path, self._form)
+        totals = [integers.start(record) for record in records]
+        for i in range(self._form.code_bytes // 64):
+            for quad, codes in self._words(i, integers.kind):
+                for r, record in enumerate(records):
+                    totals[r] = integers.add(totals[r], codes, record, quad)
+        scale = self._halves(0)
+        least = self._halves(2 * LANES) if self._form.has_min else None
+        done = []
+        for total, record, value in zip(totals, records, values, strict=True):
+            whole = b.sitofp(integers.finish(total, record), self._floats)
+            # Scales first: a large activation's times a large sum might not be finite.
+            value = self._fma(b.fmul(scale, self._spread(record, 32)), whole, value)
+            if least is not None:
+                value = self._fma(least, self._spread(record, 36), value)
+            done.append(value)
+        return done
+
+
 @cache
 def make_tile(rows: int, kind: Kind, path: CpuPath) -> Any:
     """Intrinsic for a tile of rows x 16 outputs over all of K.
 
-    tile(x, w, blocks, out, out_stride, columns, ahead): addresses and byte counts. x is records
-    [blocks, rows], w the panel's blocks; the first `columns` outputs of a row are stored. Lines
-    `ahead` bytes behind the block in work are asked for. Per output, over blocks ascending:
+    tile(x, x_stride, w, blocks, out, out_stride, ahead): addresses and byte counts. x is a row's
+    records and x_stride from one block to the next, w the panel's blocks. Lines `ahead` bytes
+    behind the block in work are asked for. Per output, over blocks ascending:
     sum = fma(d * scale_x, float(isum), sum), then with minima sum = fma(m, sum_x, sum).
     """
 
-    def tile(typingctx, x, w, blocks, out, out_stride, columns, ahead):  # type: ignore[no-untyped-def]
+    def tile(typingctx, x, x_stride, w, blocks, out, out_stride, ahead):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             for first in range(0, LANES, CHUNK_LANES[path]):
                 _emit_lanes(builder, args, rows, kind, path, first)
@@ -216,7 +192,7 @@ def make_tile(rows: int, kind: Kind, path: CpuPath) -> Any:
 
 def _emit_lanes(b: Any, args: Any, rows: int, kind: Kind, path: CpuPath, first: int) -> None:
     """The tile's outputs first .. first + lanes."""
-    x, w, blocks, out, out_stride, columns, ahead = args
+    x, x_stride, w, blocks, out, out_stride, ahead = args
     lanes, form = CHUNK_LANES[path], FORMATS[kind]
     floats = ir.VectorType(F32, lanes)
     before, loop, after = b.block, b.append_basic_block("blocks"), b.append_basic_block("summed")
@@ -228,22 +204,20 @@ def _emit_lanes(b: Any, args: Any, rows: int, kind: Kind, path: CpuPath, first: 
     for phi in sums:
         phi.add_incoming(ir.Constant(floats, None), before)
     piece = b.add(w, b.mul(index, I64(form.panel_bytes)))
-    records = b.add(x, b.mul(index, I64(rows * RECORD_BYTES)))
+    record = b.add(x, b.mul(index, x_stride))
     if first == 0:
         _emit_prefetches(b, b.add(piece, ahead), form.panel_bytes)
-    row_records = [b.add(records, I64(r * RECORD_BYTES)) for r in range(rows)]
-    now = _emit_block(b, list(sums), piece, row_records, form, path, first)
+    records = [b.add(record, I64(r * RECORD_BYTES)) for r in range(rows)]
+    now = _Piece(b, piece, form, path, first).emit_sums(list(sums), records)
     following = b.add(index, I64(1))
     index.add_incoming(following, b.block)
     for phi, value in zip(sums, now, strict=True):
         phi.add_incoming(value, b.block)
     b.cbranch(b.icmp_signed("<", following, blocks), loop, after)
     b.position_at_end(after)
-    mask = lanes_below(b, b.sub(columns, I64(first)), lanes)
     for r, value in enumerate(now):
         at = b.add(b.add(out, b.mul(out_stride, I64(r))), I64(4 * first))
-        values = [value, pointer(b, at, floats), I32(4), mask]
-        call_llvm(b, f"llvm.masked.store.v{lanes}f32.p0", ir.VoidType(), values)
+        b.store(value, pointer(b, at, floats), align=4)
 
 
 def _emit_prefetches(b: Any, begin: Any, num_bytes: int) -> None:
@@ -252,60 +226,13 @@ def _emit_prefetches(b: Any, begin: Any, num_bytes: int) -> None:
         call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(3), I32(1)])
 
 
-def _emit_block(
-    b: Any,
-    sums: list[Any],
-    piece: Any,
-    records: list[Any],
-    form: BlockFormat,
-    path: CpuPath,
-    at: int,
-) -> list[Any]:
-    lanes = CHUNK_LANES[path]
-    floats, halves = ir.VectorType(F32, lanes), ir.VectorType(F16, lanes)
-    integers = _Integers(b, path, form)
-    totals = [integers.start(record) for record in records]
-    for i in range(form.code_bytes // 64):
-        where = b.add(piece, I64(64 * i + 4 * at))
-        words = b.load(pointer(b, where, integers.kind), align=4)
-        quads = [(i, words)]
-        if form.bits == 4:
-            low = ir.Constant(integers.kind, [0x0F0F0F0F] * lanes)
-            high = b.lshr(words, ir.Constant(integers.kind, [4] * lanes))
-            quads = [(i, b.and_(words, low)), (i + 4, b.and_(high, low))]
-        for quad, codes in quads:
-            for r, record in enumerate(records):
-                totals[r] = integers.add(totals[r], codes, record, quad)
-
-    def load_halves(offset: int) -> Any:
-        where = b.add(piece, I64(form.code_bytes + offset + 2 * at))
-        return b.fpext(b.load(pointer(b, where, halves), align=2), floats)
-
-    def spread(record: Any, offset: int) -> Any:
-        where = pointer(b, b.add(record, I64(offset)), F32)
-        return splat_i32(b, b.load(where, align=4), lanes)
-
-    def fma(x: Any, y: Any, z: Any) -> Any:
-        return call_llvm(b, f"llvm.fma.v{lanes}f32", floats, [x, y, z])
-
-    scale = load_halves(0)
-    least = load_halves(2 * LANES) if form.has_min else None
-    done = []
-    for total, record, value in zip(totals, records, sums, strict=True):
-        whole = b.sitofp(integers.finish(total, record), floats)
-        # Scales first: a large activation's times a large sum might not be finite.
-        value = fma(b.fmul(scale, spread(record, 32)), whole, value)
-        done.append(value if least is None else fma(least, spread(record, 36), value))
-    return done
-
-
 @cache
 def make_tiles(kind: Kind, path: CpuPath) -> Any:
-    """Device function run(rows, *tile arguments) that picks the tile of 1..TILE_ROWS rows."""
-    names = "x, w, blocks, out, out_stride, columns, ahead"
+    """Device function run(rows, *tile arguments) that picks the tile of 1..tile_height rows."""
+    names = "x, x_stride, w, blocks, out, out_stride, ahead"
     lines = [f"def run(rows, {names}):"]
     scope: dict[str, Any] = {"__name__": __name__}
-    for rows in range(1, TILE_ROWS[path] + 1):
+    for rows in range(1, tile_height(kind, path) + 1):
         lines += [f"    if rows == {rows}:", f"        tile_{rows}({names})"]
         scope[f"tile_{rows}"] = make_tile(rows, kind, path)
     exec("\n".join(lines), scope)

@@ -32,7 +32,7 @@ def inverse_rms(total, count, eps):
 
 
 @device
-def _sum_squares(x, residual, dim):
+def sum_squares(x, residual, dim):
     """Lane sums of one row's squares, always the same 4 chains; with residual, residual += x."""
     s0 = splat(np.float32(0.0))
     s1, s2, s3 = s0, s0, s0
@@ -68,7 +68,7 @@ def normalise(part, num_parts, x, residual, weight, out, num_rows, dim, eps: flo
         shift = 4 * row * dim
         source = x + shift
         other = residual + shift if residual != 0 else 0
-        total = _sum_squares(source, other, dim)
+        total = sum_squares(source, other, dim)
         factor = splat(inverse_rms(total, dim, eps))
         if residual != 0:
             source = other
