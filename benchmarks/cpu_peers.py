@@ -50,8 +50,12 @@ def llama_version(home: Path) -> str | None:
 
 
 def parse_llama_version(text: str) -> str:
-    """``version: 11434 (4227c9b)`` among other lines; "unknown" without it."""
-    found = re.search(r"^version:\s*(\S+)", text, re.MULTILINE)
+    """The number of the build among other lines: ``version: 0.6.0 (build 11434, commit 4227c9b)``,
+    formerly ``version: 11434 (4227c9b)``; "unknown" without it."""
+    line = re.search(r"^version:.*$", text, re.MULTILINE)
+    found = line and (
+        re.search(r"build (\d+)", line[0]) or re.search(r"^version:\s*(\d+)", line[0])
+    )
     return found[1] if found else "unknown"
 
 

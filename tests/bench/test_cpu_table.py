@@ -112,6 +112,8 @@ def test_an_unknown_line_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_versions_of_the_peers(tmp_path: Path) -> None:
     text = "ggml_backend: one\nversion: 11434 (4227c9b)\nbuilt with GNU 12\n"
     assert cpu_peers.parse_llama_version(text) == "11434"
+    newer = "version: 0.6.0-dev (build 11434, commit unknown)\nbuilt with GNU 12\n"
+    assert cpu_peers.parse_llama_version(newer) == "11434"
     assert cpu_peers.parse_llama_version("nothing") == "unknown"
     assert cpu_peers.llama_version(tmp_path) is None
     assert cpu_peers.vllm_version(tmp_path) is None
