@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVDType = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 def _opt(default: Any, text: str, **metadata: Any) -> Any:
@@ -101,8 +102,10 @@ class CacheConfig:
     """The paged K/V cache."""
 
     block_size: int = _opt(16, "tokens per K/V block", choices=(16, 32, 64, 128))
-    kv_cache_dtype: DType = _opt(
-        "auto", "of cached K and V; auto is the model's dtype, float16 beside quantised weights"
+    kv_cache_dtype: KVDType = _opt(
+        "auto",
+        "of cached K and V; auto is the model's dtype, float16 beside quantised weights; int8 (on "
+        "a CPU) is codes with a scale for each token and head",
     )
     kv_cache_memory_bytes: int | None = _opt(
         None, "bytes of the K/V cache (also 2GiB, 512MiB); default from free memory", minimum=1

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         raise ValueError("octavo compile needs Triton: pip install 'octavo[gpu]'") from None
     from octavo.checkpoint import resolve
-    from octavo.models import weight_dtype
+    from octavo.models import kv_dtype, weight_dtype
     from octavo.platforms.gpu import model_shape
     from octavo_kernels import device, warming
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     files = resolve(model)
     dtype = weight_dtype(model.dtype, device="cuda")
     is_same = cache.kv_cache_dtype == "auto"
-    cache_dtype = dtype if is_same else weight_dtype(cache.kv_cache_dtype, device="cuda")
+    cache_dtype = dtype if is_same else kv_dtype(cache.kv_cache_dtype, device="cuda")
     shape = model_shape(
         files.spec, dtype=dtype, cache_dtype=cache_dtype, block_size=cache.block_size
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.checkpoint.gguf_config import ROPE_FACTORS
-from octavo.config import DType
+from octavo.config import DType, KVDType
 from octavo.layers import WeightSlot
 from octavo.models.base import Model
 from octavo.models.registry import MODELS
@@ -33,6 +33,15 @@ def weight_dtype(name: DType, *, device: str) -> torch.dtype:
     if name not in dtypes:
         raise ValueError(f"dtype must be auto, {', '.join(dtypes)}, got {name!r}")
     return dtypes[name]
+
+
+def kv_dtype(name: KVDType, *, device: str) -> torch.dtype:
+    """Dtype that ``--kv-cache-dtype`` means, ``auto`` where the weights' is. Raises ValueError."""
+    if name != "int8":
+        return weight_dtype(name, device=device)
+    if device != "cpu":
+        raise ValueError("kv_cache_dtype must be auto or the model's dtype on a GPU, got int8")
+    return torch.int8
 
 
 def load_model(

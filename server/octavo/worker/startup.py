@@ -11,7 +11,7 @@ import torch
 
 from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.config import EngineConfig
-from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
+from octavo.models import Model, kv_cache_spec, kv_dtype, load_model, weight_dtype
 from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.quantization import Quantization, choose, listed
 from octavo.sampling import Sampler
@@ -59,7 +59,7 @@ def choose_precision(config: EngineConfig, *, files: ModelFiles) -> Precision:
     dtype = weight_dtype(config.model.dtype, device="cpu")
     cached = config.cache.kv_cache_dtype
     if cached != "auto":
-        cache_dtype = weight_dtype(cached, device="cpu")
+        cache_dtype = kv_dtype(cached, device="cpu")
     else:
         cache_dtype = dtype if quantization.mode == "none" else torch.float16
     return Precision(quantization=quantization, dtype=dtype, cache_dtype=cache_dtype)

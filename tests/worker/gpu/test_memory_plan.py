@@ -106,6 +106,8 @@ def test_a_tied_model_reads_its_table() -> None:
     assert wide.block_bytes == 2 * made.block_bytes and wide.cache_dtype == torch.float32
     with pytest.raises(ValueError, match="kv_cache_dtype must be auto or the model's dtype"):
         plan(QWEN, 24, dtype="float32", kv_cache_dtype="bfloat16")
+    with pytest.raises(ValueError, match="kv_cache_dtype must be auto or .* on a GPU, got int8"):
+        plan(QWEN, 24, kv_cache_dtype="int8")
     with pytest.raises(ValueError, match="quantization on a GPU must be auto or none, got int8"):
         plan(QWEN, 24, quantization="int8")
 

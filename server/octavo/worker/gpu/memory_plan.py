@@ -12,7 +12,7 @@ import torch
 
 from octavo.checkpoint import ModelSpec
 from octavo.config import CacheConfig, EngineConfig, SchedulerConfig
-from octavo.models import weight_dtype
+from octavo.models import kv_dtype, weight_dtype
 from octavo.platforms.gpu import GPUPlatform
 from octavo.worker.gpu.allocator import CachingAllocator
 from octavo.worker.gpu.buffers import StepSizes
@@ -130,7 +130,7 @@ class _Attempt:
             )
         cache = config.cache
         name = config.model.dtype if cache.kv_cache_dtype == "auto" else cache.kv_cache_dtype
-        self.cache_dtype = weight_dtype(name, device="cuda")
+        self.cache_dtype = kv_dtype(name, device="cuda")
         if self.cache_dtype != weight_dtype(config.model.dtype, device="cuda"):
             raise ValueError(
                 f"kv_cache_dtype must be auto or the model's dtype on a GPU, got {name}"

@@ -17,7 +17,7 @@ import torch
 
 from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.config import EngineConfig
-from octavo.models import Model, kv_cache_spec, load_model, weight_dtype
+from octavo.models import Model, kv_cache_spec, kv_dtype, load_model, weight_dtype
 from octavo.platforms.gpu import GPUPlatform, model_shape
 from octavo.types import BlockCopy, NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.gpu.arena import RequestArena, request_columns
@@ -145,7 +145,7 @@ def kernels_warm(config: EngineConfig, *, spec: ModelSpec, device: GpuDevice) ->
     shape = model_shape(
         spec,
         dtype=weight_dtype(weights, device="cuda"),
-        cache_dtype=weight_dtype(weights if cached == "auto" else cached, device="cuda"),
+        cache_dtype=kv_dtype(weights if cached == "auto" else cached, device="cuda"),
         block_size=config.cache.block_size,
     )
     failures: list[BaseException] = []
