@@ -26,6 +26,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert (card.id, card.object, card.owned_by) == ("org/tiny", "model", "octavo")
     fields = card.model_dump()
     assert fields["max_model_len"] == 256 and fields["root"] == "org/tiny"
+    assert fields["quantization"] == "none"
     assert client.models.retrieve("org/tiny") == card
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("other")

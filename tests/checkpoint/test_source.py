@@ -116,6 +116,9 @@ def test_gguf_file_and_folder(tmp_path: Path, cache: Path, write_gguf: Callable[
     path = write_gguf(tmp_path / "m" / "tiny.gguf", {"tokenizer.chat_template": "{{ 1 }}"})
     files = resolve(ModelConfig(model=str(path)))
     assert files.format == "gguf" and files.weights == (path,)
+    assert files.weight_types["model.embed_tokens.weight"] == "F32"
+    dummy = resolve(ModelConfig(model=str(path), load_format="dummy"))
+    assert (dummy.format, dummy.weights, dict(dummy.weight_types)) == ("dummy", (), {})
     spec = files.spec
     assert (spec.vocab_size, spec.hidden_size, spec.num_kv_heads, spec.head_dim) == (258, 32, 1, 16)
     assert spec.rope.theta == 5000.0 and spec.tie_word_embeddings

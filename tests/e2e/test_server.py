@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import openai
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import Server
 
 MODEL = "SmolLM2-135M-Instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Tell me the capital of France."}]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,15 @@ def test_capital_of_france(client: openai.OpenAI) -> None:
             pieces.append(chunk.choices[0].delta.content or "")
     assert "".join(pieces) == text
     assert len(pieces) > 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps no blocks")
+def test_the_weights_are_told(server: Server, client: openai.OpenAI) -> None:
+    (card,) = client.models.list().data
+    told = "gguf (q4_1, q8_0)"
+    assert card.model_dump()["quantization"] == told
+    line = f"  weights  {told}, as in the file; exact with --quantization none\n"
+    assert line in server.log.read_text()
 
 
 def test_echo_with_logprobs_agrees_with_decoding(client: openai.OpenAI) -> None:
