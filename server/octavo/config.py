@@ -104,7 +104,7 @@ class CacheConfig:
     block_size: int = _opt(16, "tokens per K/V block", choices=(16, 32, 64, 128))
     kv_cache_dtype: KVDType = _opt(
         "auto",
-        "of cached K and V; auto is the model's dtype, float16 beside quantised weights; int8 (on "
+        "of cached K and V; auto is the model's dtype, int8 beside quantised weights; int8 (on "
         "a CPU) is codes with a scale for each token and head",
     )
     kv_cache_memory_bytes: int | None = _opt(

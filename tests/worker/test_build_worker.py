@@ -60,7 +60,7 @@ def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: boo
     assert (info.architecture, info.vocab_size) == ("LlamaForCausalLM", 300)
     if dtype == "auto":
         assert (info.quantization, info.dtype) == ("int8 (q8_0)", "float32")
-        assert info.kv_cache_dtype == "float16"
+        assert info.kv_cache_dtype == "int8"
     else:
         assert (info.quantization, info.dtype, info.kv_cache_dtype) == ("none", dtype, dtype)
     assert (info.device, info.num_threads, parallel.num_threads()) == ("cpu", 2, 2)
@@ -72,8 +72,8 @@ def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: boo
     ("quantization", "cached", "told", "kept"),
     [
         ("none", "auto", "none", "float32"),
-        ("int8", "auto", "int8 (q8_0)", "float16"),
-        ("int4", "auto", "int4 (q4_1, q8_0)", "float16"),
+        ("int8", "auto", "int8 (q8_0)", "int8"),
+        ("int4", "auto", "int4 (q4_1, q8_0)", "int8"),
         ("int4", "float32", "int4 (q4_1, q8_0)", "float32"),
         ("int8", "int8", "int8 (q8_0)", "int8"),
     ],

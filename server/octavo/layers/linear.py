@@ -43,6 +43,12 @@ class Linear:
         """[T, D] -> [T, out], plus ``residual`` [T, out]."""
         return self.weight.linear(x_TD, bias=self.bias, residual=residual)
 
+    def gated_then(self, down: Linear, x_TD: Tensor, *, residual: Tensor) -> Tensor:
+        """``down`` of `gated`, plus ``residual`` [T, down's out]."""
+        return self.weight.gated_then(
+            down.weight, x_TD, bias=self.bias, down_bias=down.bias, residual=residual
+        )
+
     def gated(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, out / 2]: silu of the first half of the map times the second."""
         return self.weight.gated(x_TD, bias=self.bias)

@@ -42,7 +42,7 @@ class GatedMLP:
 
     def __call__(self, x_TD: Tensor, *, residual: Tensor) -> Tensor:
         """[T, D] -> residual + the network's output, [T, D]."""
-        return self.down(self.gate_up.gated(x_TD), residual=residual)
+        return self.gate_up.gated_then(self.down, x_TD, residual=residual)
 
     @property
     def num_bytes(self) -> int:

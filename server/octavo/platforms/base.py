@@ -45,6 +45,17 @@ class Weight(Protocol):
     def gated(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """[T, K] -> [T, N / 2]: silu(first half of the product) * second half."""
 
+    def gated_then(
+        self,
+        down: Weight,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """[T, K] -> [T, down.n]: ``down.linear`` of what `gated` gives, which need not be made."""
+
     def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[S, K] -> [S, N] float32. Of a `Platform.table` alone."""
 

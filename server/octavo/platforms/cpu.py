@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from octavo.attention.cpu import CPUAttention
+from octavo.platforms.base import Weight
 from octavo.platforms.quantization import Quantization
 from octavo_kernels.matmul import PackedWeight, gather_rows, matmul, pack_rows_
 from octavo_kernels.quant_matmul.block_packed import BlockWeight, write_blocks, write_rows
-from octavo_kernels.quant_matmul.blocks import Kind, gated_blocks, matmul_blocks
+from octavo_kernels.quant_matmul.blocks import Kind, gated_blocks, gated_rows, matmul_blocks
 from octavo_kernels.quant_matmul.blocks import gather_rows as gather_block_rows
 from octavo_kernels.rms_norm import rms_norm
 from octavo_kernels.silu_mul import silu_mul
@@ -39,6 +40,18 @@ class CPUWeight:
 
     def gated(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
         return silu_mul(matmul(x, self._packed, bias=bias))
+
+    def gated_then(
+        self,
+        down: Weight,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self.gated(x, bias=bias)
+        return down.linear(hidden, bias=down_bias, residual=residual)
 
     def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return matmul(x, self._packed, out=out)
@@ -70,6 +83,22 @@ class CPUBlockWeight:
         if bias is not None:
             return silu_mul(matmul_blocks(x, self._packed, bias=bias))
         return gated_blocks(x, self._packed)
+
+    def gated_then(
+        self,
+        down: Weight,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if bias is None and isinstance(down, CPUBlockWeight):
+            packed = down._packed
+            rows = gated_rows(x, self._packed, kind=packed.kind)
+            return matmul_blocks(rows, packed, bias=down_bias, residual=residual)
+        hidden = self.gated(x, bias=bias)
+        return down.linear(hidden, bias=down_bias, residual=residual)
 
     def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return matmul_blocks(x, self._packed, out=out)

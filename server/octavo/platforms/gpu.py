@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.attention.triton import TritonAttention
 from octavo.checkpoint import ModelSpec
+from octavo.platforms.base import Weight
 from octavo_kernels.embedding.gpu import embedding
 from octavo_kernels.matmul.gpu import linear, prove_cublas
 from octavo_kernels.rms_norm.gpu import rms_norm
@@ -71,6 +72,18 @@ class GPUWeight:
 
     def gated(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
         return linear(x, self._data, bias=bias, activation="silu_mul", use_pdl=self._use_pdl)
+
+    def gated_then(
+        self,
+        down: Weight,
+        x: Tensor,
+        *,
+        bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self.gated(x, bias=bias)
+        return down.linear(hidden, bias=down_bias, residual=residual)
 
     def logits(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         return linear(x, self._data, out=out, out_dtype=torch.float32, use_pdl=self._use_pdl)

@@ -61,7 +61,7 @@ def choose_precision(config: EngineConfig, *, files: ModelFiles) -> Precision:
     if cached != "auto":
         cache_dtype = kv_dtype(cached, device="cpu")
     else:
-        cache_dtype = dtype if quantization.mode == "none" else torch.float16
+        cache_dtype = dtype if quantization.mode == "none" else torch.int8
     return Precision(quantization=quantization, dtype=dtype, cache_dtype=cache_dtype)
 
 
