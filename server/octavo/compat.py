@@ -88,8 +88,7 @@ FOREIGN_FLAGS: tuple[ForeignFlag, ...] = (
     *_refused(
         "--decode-context-parallel-size --prefill-context-parallel-size", _GPU, harmless=("1",)
     ),
-    *_refused("--speculative-config", "there is no speculative decoding", short=("-sc",)),
-    *_refused("--spec-method --spec-model --spec-tokens", "there is no speculative decoding"),
+    *_refused("--spec-method --spec-model --spec-tokens", "say it in --speculative-config"),
     *_refused("--enable-lora", "there are no LoRA adapters", nargs=0),
     *_refused("--lora-modules", "there are no LoRA adapters", nargs="*"),
     *_refused("--max-loras --max-lora-rank --max-cpu-loras", "there are no LoRA adapters"),

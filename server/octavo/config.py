@@ -6,6 +6,7 @@ The flag's help is the field's ``help`` metadata; names are vLLM's where vLLM ha
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
@@ -135,6 +136,63 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """How the server speculates: the keys of ``--speculative-config``, vLLM's where it has them.
+
+    ``auto``: suffix decoding whose depth the server chooses for each request and step, down to
+    none. Fixed methods draft ``num_speculative_tokens`` wherever they find as many.
+    """
+
+    method: Literal["auto", "ngram", "suffix", "off"] = _opt("auto", "who drafts")
+    num_speculative_tokens: int = _opt(
+        8, "most drafts of one request in a step", minimum=1, maximum=64
+    )
+    prompt_lookup_min: int = _opt(
+        2, "ngram: tokens at least that must have occurred before", minimum=1, maximum=32
+    )
+    prompt_lookup_max: int = _opt(5, "ngram: and at most are compared", minimum=1, maximum=32)
+    suffix_decoding_max_spec_factor: float = _opt(
+        1.0, "suffix: drafts for each token that matched", minimum=0.01, maximum=64.0
+    )
+    suffix_decoding_min_token_prob: float = _opt(
+        0.1, "suffix: least estimated chance of a draft", minimum=0.0, maximum=1.0
+    )
+    suffix_decoding_max_cached_tokens: int = _opt(
+        65536,
+        "suffix: tokens of recent outputs to draft from; 0 = the request's own alone",
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min must be at most prompt_lookup_max={self.prompt_lookup_max}, "
+                f"got {self.prompt_lookup_min}"
+            )
+
+    @staticmethod
+    def from_json(text: str) -> SpeculativeConfig:
+        """From a JSON object, or nothing. Raises ValueError naming the key that is wrong."""
+        try:
+            given = json.loads(text or "{}")
+        except ValueError as error:
+            raise ValueError(f"speculative_config must be JSON: {error}, got {text!r}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"speculative_config must be a JSON object, got {text!r}")
+        known = [option.name for option in fields(SpeculativeConfig)]
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"speculative_config has no key {name!r}; there are {', '.join(known)}"
+                )
+        try:
+            return SpeculativeConfig(**given)
+        except ValueError as error:
+            raise ValueError(f"speculative_config: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """What runs in a step."""
 
@@ -152,6 +210,12 @@ class SchedulerConfig:
         "reject (503) requests when this many are already waiting; default no limit",
         minimum=0,
     )
+    speculative_config: str = _opt(
+        "",
+        'JSON such as {"method": "ngram", "num_speculative_tokens": 5}; methods are auto, suffix, '
+        "ngram and off; default auto on CPU",
+        metavar="JSON",
+    )
     enforce_eager: bool = _opt(False, "capture no CUDA graphs: launch every step by its kernels")
     cudagraph_capture_sizes: tuple[int, ...] = _opt(
         (), "tokens of the steps that get a CUDA graph; default 1 to 512 in growing distances"
@@ -162,6 +226,7 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        SpeculativeConfig.from_json(self.speculative_config)
         sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
         for size in sizes:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:

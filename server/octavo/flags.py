@@ -20,6 +20,7 @@ Config = TypeVar("Config")
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "gpu_memory_utilization": ("--device-memory-utilization",),
     "quantization": ("-q",),
+    "speculative_config": ("-sc",),
     "api_server_count": ("-asc",),
 }
 

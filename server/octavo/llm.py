@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import json
 import signal
 import threading
 import time
@@ -425,6 +426,8 @@ def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
     """Sorts flat options into the components' configurations. Raises ValueError."""
     parts: dict[str, Any] = {}
     left = {"model": model, **options}
+    if isinstance(left.get("speculative_config"), Mapping):  # as vLLM takes it
+        left["speculative_config"] = json.dumps(left["speculative_config"])
     for name, config in (
         ("model", ModelConfig),
         ("cache", CacheConfig),

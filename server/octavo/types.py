@@ -109,6 +109,7 @@ class NewRequest:
     num_computed_tokens: int
     block_ids: tuple[int, ...]
     params: SamplingParams
+    cache_salt: str | None = None  # whose it is: drafts are not made from another's tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +122,16 @@ class SchedulerOutput:
     scheduled with it (overlap). Workers apply, in order: ``finished_request_ids``,
     ``new_requests``, ``new_block_ids``, ``saves``, ``loads``, ``block_copies``, then the forward
     pass. No block or slot occurs twice among the saves, nor among the loads.
+
+    ``max_drafts``: of a request's scheduled tokens the last so many are room for drafts behind its
+    one token to compute, which the worker may fill, in part or not at all. It keeps the drafts that
+    agree with what it draws after them, so it alone knows where the request's next step begins.
     """
 
     step: int
     new_requests: tuple[NewRequest, ...] = ()
     num_scheduled_tokens: Mapping[str, int] = field(default_factory=dict)
+    max_drafts: Mapping[str, int] = field(default_factory=dict)
     new_block_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     saves: tuple[BlockMove, ...] = ()  # cache -> host tier: blocks that this step overwrites
     loads: tuple[BlockMove, ...] = ()  # host tier -> cache
@@ -154,11 +160,21 @@ class WorkerStats:
     eager_steps: int = 0  # and kernel by kernel
     graphs_captured: int = 0
     kernel_compiles: int = 0  # by Triton, since the server was ready
+    drafts: int = 0  # times that a request got drafts
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    draft_seconds_saved: float = 0.0  # beside the same tokens without drafts; below 0 = lost
+    speculation_switched_off: int = 0  # times that it did not pay
+    failed_proposers: int = 0  # requests that go on without drafts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOutput:
-    """What one step yielded, worker -> scheduler. Requests that did not sample are absent."""
+    """What one step yielded, worker -> scheduler. Requests that did not sample are absent.
+
+    A request that sampled yielded one token, and one more for each draft that was accepted.
+    """
 
     step: int
     sampled_token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -168,6 +184,8 @@ class ModelOutput:
     # Blocks that this step loaded, and the host tier's copy was not what had been saved. What was
     # computed on them is void: the scheduler starts those requests anew.
     damaged_blocks: tuple[int, ...] = ()
+    # Drafts for each request that would pay in a step like this one; 0 = none.
+    num_drafts_wanted: int = 0
     worker: WorkerStats | None = None
 
 
@@ -263,5 +281,7 @@ class EngineInfo:
     quantization: str = "none"  # or how, and into which blocks: gguf (q4_1, q8_0)
     num_host_slots: int = 0  # K/V blocks that the host tier can hold
     num_threads: int = 0  # CPU threads that compute; 0 = not told
+    max_drafts: int = 0  # of one request in one step; 0 = no speculation
+    speculation: str = "off"  # the method
     eos_token_ids: tuple[int, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"types", "config"},
     "platforms": {"types", "config", "checkpoint", "attention"},
     "layers": {"types", "config", "attention", "platforms"},
+    "speculative": {"types", "config"},
     "models": {"types", "config", "checkpoint", "attention", "platforms", "layers"},
     "worker": {
         "types",
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "layers",
         "models",
         "sampling",
+        "speculative",
     },
 }
 # These assemble the house and may import any room.
@@ -46,7 +48,17 @@ ASSEMBLERS = {"__main__", "cli", "llm", "bench", "flags", "compat", "__init__"}
 JOINTS = {"engine/process.py", "engine/build.py"}
 
 # Control plane: deciding what to compute never needs tensors.
-NO_TORCH = ("types", "clock", "config", "kvcache", "scheduler", "text", "observability", "api")
+NO_TORCH = (
+    "types",
+    "clock",
+    "config",
+    "kvcache",
+    "scheduler",
+    "text",
+    "observability",
+    "api",
+    "speculative",
+)
 TORCH_LIKE = {"torch", "numba", "octavo_kernels"}
 PURE = ("kvcache", "scheduler")
 IMPURE = {"time", "logging", "random", "asyncio", "threading", "numpy", "os"}

@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "uvicorn_log_level": (["debug"], "debug"),
     "max_body_bytes": (["1M"], 2**20),
     "quantization": (["int8"], "int8"),
+    "speculative_config": (['{"method": "off"}'], '{"method": "off"}'),
 }
 
 
@@ -127,7 +128,16 @@ WRONG = [
     (["-q", "awq"], "-q: invalid choice: 'awq'"),
     (["--enable-lora"], "there are no LoRA adapters"),
     (["--trust-remote-code"], "code of model repositories is never run"),
-    (["--speculative-config", "{}"], "no speculative decoding"),
+    (["--spec-method", "ngram"], "say it in --speculative-config"),
+    (["--speculative-config", "{"], "speculative_config must be JSON"),
+    (["-sc", "[]"], "speculative_config must be a JSON object, got '[]'"),
+    (["-sc", '{"model": "m"}'], "speculative_config has no key 'model'; there are method, num_"),
+    (["-sc", '{"method": "eagle"}'], "method must be one of auto, ngram, suffix, off, got 'eagle'"),
+    (["-sc", '{"num_speculative_tokens": 0}'], "num_speculative_tokens must be from 1 to 64"),
+    (
+        ["-sc", '{"prompt_lookup_min": 6, "prompt_lookup_max": 4}'],
+        "prompt_lookup_min must be at most prompt_lookup_max=4, got 6",
+    ),
     (["--cudagraph-capture-sizes", "4", "0"], "whole numbers of at least 1, got 0"),
     (["--cudagraph-capture-sizes", "4", "x"], "expected a whole number"),
     (["--max-cudagraph-capture-size", "0"], "max_cudagraph_capture_size must be at least 1"),

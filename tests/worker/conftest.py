@@ -15,6 +15,7 @@ from octavo.config import ModelConfig
 from octavo.models import Model, kv_cache_spec, load_model
 from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
+from octavo.speculative import Drafter
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import NO_TRANSFER, CPUTransfer
 from octavo.worker.model_runner import ModelRunner
@@ -69,6 +70,7 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
         max_num_seqs: int = 40,
         num_host_slots: int = 0,
         using: Any = None,
+        drafter: Drafter | None = None,
     ) -> ModelRunner:
         spec = kv_cache_spec(model.spec, block_size=block_size, dtype=torch.float32)
         kv = KVTensors(model.backend, spec, num_blocks=num_blocks)
@@ -83,7 +85,13 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
         transfer = CPUTransfer(kv.layers, num_slots=num_host_slots) if has_tier else NO_TRANSFER
         sampler = Sampler(VOCAB_SIZE)
         return ModelRunner(
-            used, table=table, kv=kv, sampler=sampler, transfer=transfer, max_num_tokens=512
+            used,
+            table=table,
+            kv=kv,
+            sampler=sampler,
+            transfer=transfer,
+            max_num_tokens=512,
+            drafter=drafter,
         )
 
     return make

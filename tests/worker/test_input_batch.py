@@ -66,7 +66,7 @@ def test_batch_is_what_a_loop_would_build(block_size: int, seed: int) -> None:
     assert batch.attn.query_start_loc.tolist() == starts
     assert batch.attn.seq_lens.tolist() == lens
     assert batch.samples.tolist() == samples
-    assert batch.last_tokens.tolist() == last
+    assert batch.sample_tokens.tolist() == last
     for index, name in enumerate(order):
         held = by_id[name].block_ids
         assert tuple(batch.attn.block_tables[index, : len(held)].tolist()) == held

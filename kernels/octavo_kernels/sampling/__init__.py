@@ -195,15 +195,19 @@ def apply_logit_params(
     params: LogitParams | GpuLogitParams,
     rows: Tensor,
     slots: Tensor,
+    num_drafts: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> None:
     """Changes logits [S, V] float32 in place: row rows[i] by the parameters of slot slots[i].
 
     rows, slots: [L] int32; no row twice. In order: allowed ids, bad words, minimum length and
     bias; then repetition penalty (over prompt and output), frequency and presence penalties (over
-    output). On a GPU params are tables that live there (`octavo_kernels.sampling.gpu_params`).
+    output). num_drafts: [L] int32, so many tokens behind a slot's num_tokens are output too, as if
+    accepted (not on a GPU). There params are tables (`octavo_kernels.sampling.gpu_params`).
     """
     if logits.is_cuda:
+        if num_drafts is not None:
+            raise ValueError("apply_logit_params on a GPU takes no num_drafts")
         from octavo_kernels.sampling import gpu_params  # here: Triton, as above
 
         if isinstance(params, LogitParams):
@@ -216,6 +220,8 @@ def apply_logit_params(
     num_rows, vocab_size = logits.shape
     _check_column("apply_logit_params", "rows", rows, torch.int32, rows.shape[0])
     _check_column("apply_logit_params", "slots", slots, torch.int32, rows.shape[0])
+    if num_drafts is not None:
+        _check_column("apply_logit_params", "num_drafts", num_drafts, torch.int32, rows.shape[0])
     if workspace is None:
         workspace = Workspace.create(vocab_size)
     assert workspace.vocab_size == vocab_size
@@ -228,6 +234,7 @@ def apply_logit_params(
         vocab_size,
         rows.data_ptr(),
         slots.data_ptr(),
+        0 if num_drafts is None else num_drafts.data_ptr(),
         rows.shape[0],
         table.ctypes.data,
         *params.token_ids.shape,

@@ -121,9 +121,9 @@ def _part(table, starts_place, ids_place, slot, num_slots):
 
 
 @device
-def _apply_row(x, slot, num_slots, token_stride, table, counts):
+def _apply_row(x, slot, num_drafts, num_slots, token_stride, table, counts):
     num_prompt = _ints(table, NUM_PROMPT, num_slots)[slot]
-    num_tokens = _ints(table, NUM_TOKENS, num_slots)[slot]
+    num_tokens = _ints(table, NUM_TOKENS, num_slots)[slot] + num_drafts
     tokens = carray(address_of(int32, table[TOKEN_IDS]), (num_slots, token_stride))[slot]
     prompt, output = tokens[:num_prompt], tokens[num_prompt:num_tokens]
     allowed = _part(table, ALLOWED_STARTS, ALLOWED_IDS, slot, num_slots)
@@ -160,6 +160,7 @@ def apply_params(
     vocab_size,
     listed_at,  # [L] int32: rows of logits that have parameters
     slots_at,  # [L] int32: their slots
+    drafts_at,  # [L] int32: tokens that count beyond the slot's num_tokens; 0 = none has any
     num_listed,
     table_at,  # [17] int64: addresses of the columns, in the order of COLUMNS
     num_slots,
@@ -172,4 +173,6 @@ def apply_params(
     table = carray(address_of(int64, table_at), (_NUM_COLUMNS,))
     counts = carray(address_of(int32, counts_at), (num_parts, vocab_size))[part]
     for i in range(part, num_listed, num_parts):
-        _apply_row(logits[listed[i]], int64(slots[i]), num_slots, token_stride, table, counts)
+        row, slot = logits[listed[i]], int64(slots[i])
+        num_drafts = carray(address_of(int32, drafts_at), (num_listed,))[i] if drafts_at else 0
+        _apply_row(row, slot, num_drafts, num_slots, token_stride, table, counts)

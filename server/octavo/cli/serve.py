@@ -186,9 +186,17 @@ def _decisions(config: EngineConfig, info: EngineInfo) -> str:
         f"  context  {info.max_model_len:,} tokens",
         f"  batch    at most {info.max_num_seqs:,} requests and {info.max_num_batched_tokens:,} "
         f"tokens in a step, {config.scheduler.scheduling_policy}, overlap {overlap}",
+        f"  drafts   {_drafts(info)}",
         f"  start    {phases or 'nothing to load'}",
     ]
     return "\n".join(lines)
+
+
+def _drafts(info: EngineInfo) -> str:
+    """Who drafts, and how far."""
+    if not info.max_drafts:
+        return "off"
+    return f"{info.speculation}, at most {info.max_drafts} tokens of a request in a step"
 
 
 def _weights(config: EngineConfig, info: EngineInfo) -> str:

@@ -40,6 +40,7 @@ def build_engine(
         kv=cache,
         max_model_len=info.max_model_len,
         max_num_batched_tokens=info.max_num_batched_tokens,
+        max_drafts=info.max_drafts,
     )
     core = EngineCore(
         scheduler,

@@ -13,16 +13,19 @@ class InvariantError(AssertionError):
     """The block bookkeeping contradicts itself: a bug in Octavo."""
 
 
-def check(kv: KVCacheManager, *, tables: Mapping[str, tuple[BlockTable, int]]) -> None:
+def check(
+    kv: KVCacheManager, *, tables: Mapping[str, tuple[BlockTable, int]], slack: int = 0
+) -> None:
     """Raises `InvariantError` naming what is wrong. O(blocks + tables).
 
     Args:
         tables: request id -> its table and the number of its tokens computed so far.
+        slack: tokens beyond those for which a table may have kept blocks.
     """
     pool, cache = kv.pool, kv.pool.cache
     owners: Counter[int] = Counter()
     for request_id, (table, num_computed) in tables.items():
-        _check_table(kv, request_id, table, num_computed)
+        _check_table(kv, request_id, table, num_computed, slack)
         owners.update(table.block_ids)
 
     free_list = pool.free_list()
@@ -58,21 +61,22 @@ def _check_tier(kv: KVCacheManager) -> None:
         _require(holder == move.block, f"block {move.block} is loaded, and not found by its key")
 
 
-def _check_table(kv: KVCacheManager, request_id: str, table: BlockTable, num_computed: int) -> None:
+def _check_table(
+    kv: KVCacheManager, request_id: str, table: BlockTable, num_computed: int, slack: int
+) -> None:
     blocks, size = table.block_ids, kv.block_size
     _require(len(set(blocks)) == len(blocks), f"{request_id}: a block occurs twice")
     _require(
-        len(blocks) == kv.blocks_for(num_computed),
+        kv.blocks_for(num_computed) <= len(blocks) <= kv.blocks_for(num_computed + slack),
         f"{request_id}: {len(blocks)} blocks for {num_computed} tokens, waste of a block or more",
     )
     _require(table.num_registered <= len(blocks), f"{request_id}: registered beyond its blocks")
-    if num_computed % size:
-        # [num_computed, end of the block) will be written: by this request alone, findable never.
-        last = blocks[-1]
-        _require(kv.pool.refs[last] == 1, f"{request_id}: block {last} has two writers")
+    # What is not full will be written: by this request alone, findable never.
+    for open_block in blocks[num_computed // size :]:
+        _require(kv.pool.refs[open_block] == 1, f"{request_id}: block {open_block} has two writers")
         _require(
-            kv.pool.cache.block_keys[last] is None,
-            f"{request_id}: block {last} is findable and still to be written",
+            kv.pool.cache.block_keys[open_block] is None,
+            f"{request_id}: block {open_block} is findable and still to be written",
         )
     for i, block in enumerate(blocks[: len(table.keys)]):
         key = kv.pool.cache.block_keys[block]

@@ -164,6 +164,19 @@ TABLE: Mapping[str, Row] = {
     "octavo:kv_wasted_slots": _gauge("Token places allocated to running requests and not filled."),
     "octavo:step_host_seconds": _histogram("Time per step outside the model.", _HOST),
     "octavo:steps": _counter("Steps run."),
+    "vllm:spec_decode_num_drafts": _counter("Times that a request got drafts."),
+    "vllm:spec_decode_num_draft_tokens": _counter("Drafted tokens."),
+    "vllm:spec_decode_num_accepted_tokens": _counter("Drafted tokens that were accepted."),
+    "vllm:spec_decode_num_accepted_tokens_per_pos": _counter(
+        "Accepted drafts by their place behind the known token, from 0.", "position"
+    ),
+    "octavo:spec_decode_switched_off": _counter("Times that drafting did not pay and was stopped."),
+    "octavo:spec_decode_failed_proposers": _counter(
+        "Requests that go on without drafts, whose proposer failed or was slow."
+    ),
+    "octavo:spec_decode_seconds_saved": _gauge(
+        "Step time saved by drafts beside the same tokens without, as estimated; below 0 is lost."
+    ),
     "octavo:forward_passes": _counter("Forward passes on a GPU, by how: graph, eager.", "how"),
     "octavo:graphs_captured": _counter("Graphs captured since the server was ready."),
     "octavo:kernel_compiles_after_ready": _counter(
@@ -231,11 +244,14 @@ class Metrics:
             if row.labels == _ENGINE_LABELS
         }
         self._tracks: dict[str, _Track] = {}
+        self._seconds_saved = 0.0  # by speculation
         for reason in FinishReason:  # so that rates have a zero to start from
             self._labelled("vllm:request_success", finished_reason=reason.value)
         for source in ("local_compute", "local_cache_hit", "external_kv_transfer"):
             self._labelled("vllm:prompt_tokens_by_source", source=source)
         self._labelled("vllm:admission_rejections", reason="max_num_queued_reqs")
+        for position in range(max(1, info.max_drafts)):
+            self._labelled("vllm:spec_decode_num_accepted_tokens_per_pos", position=str(position))
         for how in ("graph", "eager"):
             self._labelled("octavo:forward_passes", how=how)
         self._is_first = is_first
@@ -379,6 +395,21 @@ class Metrics:
             self._labelled("octavo:forward_passes", how=how).inc(count)
         self._plain["octavo:graphs_captured"].inc(worker.graphs_captured)
         self._plain["octavo:kernel_compiles_after_ready"].inc(worker.kernel_compiles)
+        self._count_drafts(worker)
+
+    def _count_drafts(self, worker: WorkerStats) -> None:
+        plain = self._plain
+        plain["vllm:spec_decode_num_drafts"].inc(worker.drafts)
+        plain["vllm:spec_decode_num_draft_tokens"].inc(worker.draft_tokens)
+        plain["vllm:spec_decode_num_accepted_tokens"].inc(worker.accepted_tokens)
+        for position, count in enumerate(worker.accepted_per_position):
+            self._labelled(
+                "vllm:spec_decode_num_accepted_tokens_per_pos", position=str(position)
+            ).inc(count)
+        plain["octavo:spec_decode_switched_off"].inc(worker.speculation_switched_off)
+        plain["octavo:spec_decode_failed_proposers"].inc(worker.failed_proposers)
+        self._seconds_saved += worker.draft_seconds_saved
+        plain["octavo:spec_decode_seconds_saved"].set(self._seconds_saved)
 
     def _count_step(self, stats: StepStats) -> None:
         plain = self._plain

@@ -39,6 +39,7 @@ class SamplingBatch:
     has_params: npt.NDArray[np.bool_]  # rows that `params` changes
     params: LogitParams | None = None  # None: no row has any
     num_logprobs: Sequence[int | None] = ()  # per row; () = nobody asks
+    num_drafts: npt.NDArray[np.int32] | None = None  # [S] behind the slot's tokens; None: no row's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,9 @@ class Sampler:
                 params=batch.params,
                 rows=torch.from_numpy(listed.astype(np.int32)),
                 slots=torch.from_numpy(batch.slots[listed]),
+                num_drafts=(
+                    None if batch.num_drafts is None else torch.from_numpy(batch.num_drafts[listed])
+                ),
                 workspace=self._workspace,
             )
         elif 0 < len(asking) < len(logits):

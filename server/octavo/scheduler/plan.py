@@ -9,9 +9,10 @@ from octavo.kvcache.tiers import Moves
 from octavo.scheduler.request import Request
 from octavo.types import BlockCopy, NewRequest, SchedulerOutput
 
-# One request's share of a step: request, epoch, start, end, samples. It computes tokens
-# ``[start, end)``. A bare tuple, since one is made per request and step.
-Entry = tuple[Request, int, int, int, bool]
+# One request's share of a step: request, epoch, start, end, samples, drafts. It computes tokens
+# ``[start, end)``, the last ``drafts`` of which are guesses. A bare tuple, since one is made per
+# request and step.
+Entry = tuple[Request, int, int, int, bool, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,7 @@ class Plan:
     has_preempted: bool = False
     entries: list[Entry] = field(default_factory=list)
     num_scheduled: dict[str, int] = field(default_factory=dict)
+    max_drafts: dict[str, int] = field(default_factory=dict)
     new_block_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     new_requests: list[NewRequest] = field(default_factory=list)
     block_copies: list[BlockCopy] = field(default_factory=list)
@@ -37,18 +39,21 @@ class Plan:
     def undo(self, request: Request) -> None:
         """Takes a request that runs already back out of the step."""
         i = next(i for i, entry in enumerate(self.entries) if entry[0] is request)
-        _, _, start, end, samples = self.entries.pop(i)
+        _, _, start, end, samples, drafts = self.entries.pop(i)
         self.budget += end - start
         del self.num_scheduled[request.request_id]
+        self.max_drafts.pop(request.request_id, None)
         self.new_block_ids.pop(request.request_id, None)
         if samples and request.num_tokens > end:
             request.num_tokens -= 1
+        request.num_tokens -= drafts
 
     def output(self, finished_request_ids: tuple[str, ...]) -> SchedulerOutput:
         return SchedulerOutput(
             step=self.step,
             new_requests=tuple(self.new_requests),
             num_scheduled_tokens=self.num_scheduled,
+            max_drafts=self.max_drafts,
             new_block_ids=self.new_block_ids,
             saves=tuple(self.moves.saves.values()),
             loads=tuple(self.moves.loads.values()),

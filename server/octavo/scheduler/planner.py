@@ -39,6 +39,7 @@ class Planner:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_chunk = max_chunk or NEVER
         self._inflight = inflight
+        self.num_drafts = 0  # room for so many in each request's step, where it costs nobody else
 
     def plan(self, step: int, *, now: float) -> Plan:
         plan = Plan(step=step, budget=self._max_num_batched_tokens)
@@ -65,7 +66,10 @@ class Planner:
                 plan.num_reserved += self._num_blocks_left(request, end)
             if end > request.num_slots and not self._grow(request, end, plan):
                 continue
-            self._commit(request, start, end, plan)
+            drafts = 0
+            if self.num_drafts and num_left == 1 and start >= request.num_prompt_tokens:
+                drafts = self._add_drafts(request, end, plan)
+            self._commit(request, start, end + drafts, plan, drafts)
             if end >= request.register_at:
                 full_blocks.append(request)
         # Only now: until here a request could still be taken back out of the step.
@@ -73,13 +77,27 @@ class Planner:
             if request.request_id in plan.num_scheduled:
                 self._register(request, plan)
 
+    def _add_drafts(self, request: Request, end: int, plan: Plan) -> int:
+        """How many drafts may follow a running request's token, in blocks that nobody waits for."""
+        drafts = min(self.num_drafts, plan.budget - 1, request.end - end)
+        if drafts <= 0:
+            return 0
+        if end + drafts > request.num_slots:
+            kv = self._kv
+            missing = kv.blocks_for(end + drafts) - len(request.table.block_ids)
+            if missing <= kv.num_available - plan.num_reserved - len(self._live.running):
+                self._grow(request, end + drafts, plan)
+        return min(drafts, request.num_slots - end)
+
     def _num_blocks_left(self, request: Request, end: int) -> int:
         """Blocks that its known tokens beyond ``end`` will take."""
         return self._kv.blocks_for(request.num_tokens) - self._kv.blocks_for(end)
 
-    def _commit(self, request: Request, start: int, end: int, plan: Plan) -> None:
-        """Puts tokens ``[start, end)``, which have their blocks, into the step."""
+    def _commit(self, request: Request, start: int, end: int, plan: Plan, drafts: int = 0) -> None:
+        """Puts tokens ``[start, end)``, which have their blocks, into the step; the last of them
+        may be drafts, which count as accepted until the results are in."""
         request.num_computed = end
+        request.num_tokens += drafts
         samples = end == request.num_tokens
         if samples and end < request.limit:
             request.num_tokens = end + 1
@@ -89,7 +107,9 @@ class Planner:
             request.is_prompt_done = request.is_prompt_done or end - start >= num_left
         plan.budget -= end - start
         plan.num_scheduled[request.request_id] = end - start
-        plan.entries.append((request, request.epoch, start, end, samples))
+        if drafts:
+            plan.max_drafts[request.request_id] = drafts
+        plan.entries.append((request, request.epoch, start, end, samples, drafts))
 
     def _grow(self, request: Request, num_tokens: int, plan: Plan) -> bool:
         """Gets blocks for a running request, preempting as needed; False if it gave way itself."""
@@ -222,5 +242,6 @@ class Planner:
                 num_computed_tokens=start,
                 block_ids=tuple(request.table.block_ids),
                 params=request.params,
+                cache_salt=request.cache_salt,
             )
         )

@@ -8,7 +8,8 @@ Draw its tokens as one line::
     [0, limit)                  the most it may ever have
 
 Nothing says in which phase a request is: ``num_computed`` chases ``num_tokens``, and a step that
-reaches it samples one token more.
+reaches it samples one token more. While a step with drafts is in flight both count as if all were
+accepted; its results take back those that were not.
 """
 
 from __future__ import annotations

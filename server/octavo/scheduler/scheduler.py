@@ -46,6 +46,7 @@ class Scheduler:
         kv: KVCacheManager,
         max_model_len: int,
         max_num_batched_tokens: int,
+        max_drafts: int = 0,
     ) -> None:
         if max_num_batched_tokens < 1 or config.max_num_seqs < 1:
             raise ValueError(
@@ -54,6 +55,7 @@ class Scheduler:
             )
         self._kv = kv
         self._max_model_len = max_model_len
+        self._max_drafts = max_drafts  # for one request in a step, whatever the worker wants
         policy = make_policy(config.scheduling_policy)
         self._live = LiveRequests(kv=kv, policy=policy)
         self._inflight: deque[Plan] = deque()
@@ -174,7 +176,8 @@ class Scheduler:
         sampled, logprobs = output.sampled_token_ids, output.logprobs
         chunks = output.prompt_logprobs
         num_generated = 0
-        for request, epoch, start, _, samples in plan.entries:
+        self._planner.num_drafts = min(output.num_drafts_wanted, self._max_drafts)
+        for request, epoch, start, _, samples, drafts in plan.entries:
             if request.epoch != epoch:
                 continue
             request_id = request.request_id
@@ -189,9 +192,16 @@ class Scheduler:
                     continue
                 tokens = sampled.get(request_id, ())
                 scores = logprobs.get(request_id, ()) if logprobs else ()
-                assert len(tokens) == 1, f"{request_id}: {len(tokens)} tokens where one was due"
-                num_generated += 1
+                assert 1 <= len(tokens) <= 1 + drafts, f"{request_id}: {len(tokens)} tokens"
+                if drafts:
+                    self._take_back(request, 1 + drafts - len(tokens))
                 reason = request.append(tokens[0])
+                for taken in range(1, len(tokens)):
+                    if reason is not None:
+                        tokens, scores = tokens[:taken], scores[:taken]
+                        break
+                    reason = request.append(tokens[taken])
+                num_generated += len(tokens)
                 request.last_token_time = now
                 if request.first_token_time == 0.0:
                     request.first_token_time = now
@@ -206,6 +216,13 @@ class Scheduler:
         if self._kv.check_invariants:
             self.check_invariants()
         return outputs
+
+    def _take_back(self, request: Request, num_rejected: int) -> None:
+        """Drafts that were counted as accepted and were not."""
+        request.num_tokens -= num_rejected
+        # One that was preempted meanwhile has computed nothing; it comes back with its tokens.
+        if request.status is Status.RUNNING:
+            request.num_computed -= num_rejected
 
     def fail_step(self, message: str, *, now: float, newest: bool = False) -> list[EngineOutput]:
         """Gives up the oldest step in flight (or the newest): all requests in it end in error."""
@@ -263,7 +280,8 @@ class Scheduler:
         """Raises `kvcache.invariants.InvariantError` on a contradiction. O(blocks)."""
         live = self._live
         tables = {r.request_id: (r.table, r.num_computed) for r in live.by_id.values()}
-        invariants.check(self._kv, tables=tables)
+        # Room for drafts that were rejected is kept: by two steps, where they overlap.
+        invariants.check(self._kv, tables=tables, slack=2 * self._max_drafts)
         assert len(live.running) + len(live.waiting) == len(live.by_id)
         for request in live.running.values():
             assert request.num_slots == len(request.table.block_ids) * self._kv.block_size

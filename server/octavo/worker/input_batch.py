@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 from octavo.attention.base import AttentionMetadata
 from octavo.worker.request_table import RequestTable
 
+_NO_DRAFTS: Mapping[str, Sequence[int]] = {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputBatch:
@@ -20,16 +22,15 @@ class InputBatch:
 
     request_ids: tuple[str, ...]
     rows: npt.NDArray[np.int64]  # [R] of the request table
-    num_scheduled: npt.NDArray[np.int32]  # [R]
+    num_scheduled: npt.NDArray[np.int32]  # [R] tokens that are known, without drafts
     token_ids: Tensor  # [T] int32
     attn: AttentionMetadata
-    samples: npt.NDArray[np.int64]  # [S] indices of requests whose known tokens end in this step
-
-    @property
-    def last_tokens(self) -> npt.NDArray[np.int32]:
-        """[S] places in [0, T) of the tokens after which a token is drawn."""
-        ends: npt.NDArray[np.int32] = self.attn.query_start_loc.numpy()[1:][self.samples] - 1
-        return ends
+    # Of each token after which one is drawn, a request's side by side: the request's index, the
+    # drafts up to it, and its place in [0, T). The first is the request's last known token.
+    samples: npt.NDArray[np.int64]  # [S]
+    sample_depths: npt.NDArray[np.int32]  # [S]
+    sample_tokens: npt.NDArray[np.int32]  # [S]
+    has_drafts: bool = False
 
 
 class StepBuffers:
@@ -87,19 +88,26 @@ def build_input_batch(
     buffers: StepBuffers,
     request_ids: Sequence[str],
     num_scheduled_tokens: Sequence[int],
+    drafts: Mapping[str, Sequence[int]] = _NO_DRAFTS,
 ) -> InputBatch:
     """The batch of these requests, each at its next ``num_scheduled_tokens`` tokens (all > 0).
 
+    ``drafts`` come behind a request's last known token, and are written into the table there.
     It lies in the buffers: a batch built earlier is no more.
     """
     rows = table.rows(request_ids)
-    counts = np.asarray(num_scheduled_tokens, np.int32)
+    num_known = counts = np.asarray(num_scheduled_tokens, np.int32)
+    if drafts:
+        num_drafts = np.asarray([len(drafts.get(name, ())) for name in request_ids], np.int32)
+        counts = num_known + num_drafts
+        table.write_drafts(drafts)
     num_requests, num_tokens = len(rows), int(counts.sum())
     assert num_requests <= buffers.max_num_seqs and num_tokens <= buffers.max_num_tokens
     computed = table.num_computed_tokens[rows]
     seq_lens = np.add(computed, counts, out=buffers.seq_lens[:num_requests])
     known = table.num_tokens[rows]
-    assert (counts > 0).all() and (seq_lens <= known).all(), "scheduled past the known tokens"
+    last_known = computed + num_known
+    assert (num_known > 0).all() and (last_known <= known).all(), "scheduled past the known tokens"
     starts = buffers.query_start_loc[: num_requests + 1]
     np.cumsum(counts, out=starts[1:])
     positions = buffers.positions[:num_tokens]
@@ -120,11 +128,21 @@ def build_input_batch(
     buffers.block_tables[:num_requests, :max_blocks] = table.block_tables[rows, :max_blocks]
     buffers.num_requests[0] = num_requests
     token_ids, attn = buffers.of_batch(num_tokens=num_tokens, num_requests=num_requests)
+    samples = np.flatnonzero(last_known == known)
+    depths = np.zeros(len(samples), np.int32)
+    if drafts:
+        each = 1 + num_drafts[samples]
+        first = np.cumsum(each) - each
+        samples = np.repeat(samples, each)
+        depths = np.arange(len(samples), dtype=np.int32) - np.repeat(first, each).astype(np.int32)
     return InputBatch(
         request_ids=tuple(request_ids),
         rows=rows,
-        num_scheduled=counts,
+        num_scheduled=num_known,
         token_ids=token_ids,
         attn=attn,
-        samples=np.flatnonzero(seq_lens == known),
+        samples=samples,
+        sample_depths=depths,
+        sample_tokens=starts[samples] + num_known[samples] - 1 + depths,
+        has_drafts=bool(drafts),
     )

@@ -7,7 +7,8 @@ so a batch that fails can be repeated request by request and yields the same bit
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from octavo.models.base import Model
 from octavo.sampling import Sampled, Sampler, SamplingBatch
 from octavo.sampling.logprobs import score_hidden
 from octavo.sampling.sampler import NON_FINITE_MESSAGE
+from octavo.speculative import Drafter, NoDrafts, Outlook
 from octavo.types import ModelOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.input_batch import InputBatch, StepBuffers, build_input_batch
 from octavo.worker.kv_tensors import KVTensors
@@ -26,6 +28,7 @@ from octavo.worker.replays import MAX_LOGITS_ROWS, ForwardReplays
 from octavo.worker.request_table import RequestTable
 
 _log = logging.getLogger(__name__)
+_NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
 
 @dataclass(slots=True)
@@ -36,6 +39,22 @@ class _Results:
     logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What all rows of logits of one step yielded; the fields of `Sampled`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+    def add(self, sampled: Sampled) -> None:
+        """The next rows."""
+        first = len(self.token_ids)
+        self.token_ids += sampled.token_ids
+        self.errors |= {first + row: message for row, message in sampled.errors.items()}
+        self.logprobs |= {first + row: score for row, score in sampled.logprobs.items()}
 
 
 class ModelRunner:
@@ -50,12 +69,16 @@ class ModelRunner:
         sampler: Sampler,
         transfer: KVTransfer,
         max_num_tokens: int,
+        drafter: Drafter | None = None,
+        seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
         self._table = table
         self._kv = kv
         self._sampler = sampler
         self._transfer = transfer
+        self._drafter: Drafter = drafter or NoDrafts()
+        self._seconds = seconds
         self._buffers = StepBuffers(table, max_num_tokens=max_num_tokens)
         self._forward = ForwardReplays(model, kv_caches=kv.layers, buffers=self._buffers).forward
 
@@ -73,9 +96,18 @@ class ModelRunner:
             if request_id in table.failed:  # its next step was scheduled before this was known
                 results.errors[request_id] = table.failed[request_id]
             else:
-                live[request_id] = count
+                live[request_id] = count - step.max_drafts.get(request_id, 0)
         if live:
-            self._run(list(live), list(live.values()), results)
+            self._drafter.begin(step)
+            drafts = self._draft(step, live) if step.max_drafts else {}
+            began = self._seconds()
+            self._run(list(live), list(live.values()), drafts, results)
+            self._drafter.learn(
+                drafts,
+                results.tokens,
+                num_tokens=sum(live.values()) + sum(map(len, drafts.values())),
+                seconds=self._seconds() - began,
+            )
         table.failed.update(results.errors)
         return ModelOutput(
             step=step.step,
@@ -84,11 +116,28 @@ class ModelRunner:
             prompt_logprobs=results.prompt_logprobs,
             errors=results.errors,
             damaged_blocks=loads.damaged(),
+            num_drafts_wanted=self._drafter.num_wanted,
+            worker=self._drafter.take_stats(),
         )
 
-    def _run(self, request_ids: list[str], counts: list[int], results: _Results) -> None:
-        """Runs a batch, or, should it fail, its requests one by one."""
-        error = self._try(request_ids, counts, results)
+    def _draft(self, step: SchedulerOutput, live: Mapping[str, int]) -> Mapping[str, Sequence[int]]:
+        table, outlooks = self._table, []
+        for request_id, room in step.max_drafts.items():
+            if request_id in live:
+                row = table.row(request_id)
+                known = table.token_ids[row, : table.num_tokens[row]]
+                outlooks.append(Outlook(request_id, known, room))
+        return self._drafter.draft(outlooks, num_tokens=sum(live.values()))
+
+    def _run(
+        self,
+        request_ids: list[str],
+        counts: list[int],
+        drafts: Mapping[str, Sequence[int]],
+        results: _Results,
+    ) -> None:
+        """Runs a batch, or, should it fail, its requests one by one and without drafts."""
+        error = self._try(request_ids, counts, results, drafts)
         if error is None:
             return
         _log.error("a batch of %d requests failed", len(request_ids), exc_info=error)
@@ -101,7 +150,11 @@ class ModelRunner:
                 results.errors[request_id] = reason
 
     def _try(
-        self, request_ids: list[str], counts: list[int], results: _Results
+        self,
+        request_ids: list[str],
+        counts: list[int],
+        results: _Results,
+        drafts: Mapping[str, Sequence[int]] = _NO_DRAFTS,
     ) -> Exception | None:
         """Runs a batch and adds to the results, or changes nothing and returns what was raised."""
         try:
@@ -110,6 +163,7 @@ class ModelRunner:
                 buffers=self._buffers,
                 request_ids=request_ids,
                 num_scheduled_tokens=counts,
+                drafts=drafts,
             )
             found = self._compute(batch)
         except Exception as error:  # whatever it is, it must not take other requests with it
@@ -127,21 +181,22 @@ class ModelRunner:
         found = _Results()
         if self._table.wants_prompt_logprobs[batch.rows].any():
             self._score_prompts(batch, hidden, found)
+        rows = _Rows()
         for start in range(0, len(batch.samples), MAX_LOGITS_ROWS):
             group = slice(start, start + MAX_LOGITS_ROWS)
             logits = all_logits
             if logits is None:
-                logits = self._model.compute_logits(hidden[batch.last_tokens[group]])
-            chosen = batch.samples[group]
-            sampled = self._sampler.sample(logits, self._sampling_batch(batch, chosen))
-            self._collect(batch, chosen.tolist(), sampled, found)
+                logits = self._model.compute_logits(hidden[batch.sample_tokens[group]])
+            rows.add(self._sampler.sample(logits, self._sampling_batch(batch, group)))
+        if batch.has_drafts:
+            self._accept(batch, rows, found)
+        else:
+            self._collect(batch, rows, found)
         return found
 
-    def _sampling_batch(
-        self, batch: InputBatch, chosen: np.ndarray[tuple[int], np.dtype[np.int64]]
-    ) -> SamplingBatch:
+    def _sampling_batch(self, batch: InputBatch, group: slice) -> SamplingBatch:
         table = self._table
-        rows = batch.rows[chosen]
+        rows, depths = batch.rows[batch.samples[group]], batch.sample_depths[group]
         has_params = table.logit_params.is_active[rows]
         asks = table.wants_logprobs[rows]
         return SamplingBatch(
@@ -151,24 +206,52 @@ class ModelRunner:
             top_p=table.top_p[rows],
             min_p=table.min_p[rows],
             seeds=table.seeds[rows],
-            positions=table.num_tokens[rows].astype(np.int64),
+            positions=(table.num_tokens[rows] + depths).astype(np.int64),
             has_params=has_params,
             params=table.logit_params.packed() if has_params.any() else None,
             num_logprobs=[table.params(row).logprobs for row in rows] if asks.any() else (),
+            num_drafts=depths if batch.has_drafts else None,
         )
 
-    def _collect(
-        self, batch: InputBatch, chosen: Sequence[int], sampled: Sampled, found: _Results
-    ) -> None:
-        request_ids = [batch.request_ids[index] for index in chosen]
-        for row, message in sampled.errors.items():
+    def _collect(self, batch: InputBatch, rows: _Rows, found: _Results) -> None:
+        """Results of rows of which each is another request's."""
+        request_ids = [batch.request_ids[index] for index in batch.samples.tolist()]
+        for row, message in rows.errors.items():
             found.errors[request_ids[row]] = message
         for row, request_id in enumerate(request_ids):
             if request_id not in found.errors:
-                found.tokens[request_id] = (sampled.token_ids[row],)
-        for row, score in sampled.logprobs.items():
+                found.tokens[request_id] = (rows.token_ids[row],)
+        for row, score in rows.logprobs.items():
             if request_ids[row] in found.tokens:
                 found.logprobs[request_ids[row]] = (score,)
+
+    def _accept(self, batch: InputBatch, rows: _Rows, found: _Results) -> None:
+        """Of each request's rows those up to the first whose token is not the draft behind it.
+
+        What is drawn at a position does not depend on drafts: each has its own random key, and a
+        row's logits are those of its own tokens. So these tokens are the ones that steps of one
+        token would draw.
+        """
+        table, depths = self._table, batch.sample_depths.tolist()
+        token_ids, end = rows.token_ids, len(depths)
+        for row, index in enumerate(batch.samples.tolist()):
+            if depths[row]:
+                continue
+            request_id, last = batch.request_ids[index], row
+            if row in rows.errors:
+                found.errors[request_id] = rows.errors[row]
+                continue
+            table_row = batch.rows[index]
+            known = int(table.num_tokens[table_row])
+            while last + 1 < end and depths[last + 1] and last + 1 not in rows.errors:
+                if token_ids[last] != table.token_ids[table_row, known + depths[last]]:
+                    break
+                last += 1
+            found.tokens[request_id] = tuple(token_ids[row : last + 1])
+            if row in rows.logprobs:
+                found.logprobs[request_id] = tuple(
+                    map(rows.logprobs.__getitem__, range(row, last + 1))
+                )
 
     def _score_prompts(self, batch: InputBatch, hidden: Tensor, found: _Results) -> None:
         """The token at position p + 1 is scored by the hidden row of p, inside the prompt only."""
@@ -201,6 +284,10 @@ class ModelRunner:
         table.num_computed_tokens[batch.rows] += batch.num_scheduled
         for request_id in found.errors:
             found.prompt_logprobs.pop(request_id, None)
+        if batch.has_drafts:
+            for request_id, tokens in found.tokens.items():
+                table.append_run(table.row(request_id), tokens)
+            return
         drawn = [table.row(request_id) for request_id in found.tokens]
         if drawn:
             table.append_tokens(drawn, [tokens[0] for tokens in found.tokens.values()])

@@ -6,7 +6,7 @@ only once a request reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -79,6 +79,20 @@ class RequestTable:
         at = np.asarray(rows, np.int64)
         self.token_ids[at, self.num_tokens[at]] = token_ids
         self.num_tokens[at] += 1
+
+    def write_drafts(self, drafts: Mapping[str, Sequence[int]]) -> None:
+        """Puts drafts behind their requests' known tokens, where they count for nothing yet."""
+        for request_id, token_ids in drafts.items():
+            row = self._row_of[request_id]
+            start = self.num_tokens[row]
+            self.token_ids[row, start : start + len(token_ids)] = token_ids
+
+    def append_run(self, row: int, token_ids: Sequence[int]) -> None:
+        """Several tokens that one step yielded; all but the last were computed in it."""
+        start = self.num_tokens[row]
+        self.token_ids[row, start : start + len(token_ids)] = token_ids
+        self.num_tokens[row] = start + len(token_ids)
+        self.num_computed_tokens[row] += len(token_ids) - 1
 
     def _add(self, request: NewRequest) -> None:
         assert self._free_rows, "more live requests than max_num_seqs"

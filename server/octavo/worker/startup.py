@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from octavo.checkpoint import ModelFiles, ModelSpec
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, SpeculativeConfig
 from octavo.models import Model, kv_cache_spec, kv_dtype, load_model, weight_dtype
 from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.quantization import Quantization, choose, listed
 from octavo.sampling import Sampler
+from octavo.speculative import make_drafter
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import CPUTransfer, NoTransfer, plan_host_slots
@@ -148,6 +149,7 @@ def make_runner(
         max_num_tokens=max_num_batched_tokens(
             config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs
         ),
+        drafter=make_drafter(SpeculativeConfig.from_json(config.scheduler.speculative_config)),
     )
     return plan, runner
 

@@ -9,7 +9,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, SpeculativeConfig
 from octavo.types import EngineInfo
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from octavo.worker.sizing import CachePlan
 
 _log = logging.getLogger(__name__)
+_NO_SPECULATION = SpeculativeConfig(method="off")
 
 
 class _Phases:
@@ -81,6 +82,7 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
             scheduler.max_num_batched_tokens, max_num_seqs=scheduler.max_num_seqs
         ),
         num_threads=num_threads,
+        speculative=SpeculativeConfig.from_json(config.scheduler.speculative_config),
         phases=phases,
     )
     return (ThreadExecutor if scheduler.async_scheduling else InlineExecutor)(runner), info
@@ -134,6 +136,7 @@ def _info(
     phases: _Phases,
     quantization: str = "none",
     num_threads: int = 0,
+    speculative: SpeculativeConfig = _NO_SPECULATION,
 ) -> EngineInfo:
     """What was decided, for the front end and for whoever reads the start-up lines.
 
@@ -157,6 +160,8 @@ def _info(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         num_threads=num_threads,
+        max_drafts=0 if speculative.method == "off" else speculative.num_speculative_tokens,
+        speculation=speculative.method,
         eos_token_ids=files.spec.eos_token_ids,
         phases=phases.seconds,
     )

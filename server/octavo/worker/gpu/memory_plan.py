@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from octavo.checkpoint import ModelSpec
-from octavo.config import CacheConfig, EngineConfig, SchedulerConfig
+from octavo.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from octavo.models import kv_dtype, weight_dtype
 from octavo.platforms.gpu import GPUPlatform
 from octavo.worker.gpu.allocator import CachingAllocator
@@ -101,6 +101,11 @@ def plan_gpu_memory(
     if config.model.quantization not in ("auto", "none"):
         raise ValueError(
             f"quantization on a GPU must be auto or none, got {config.model.quantization}"
+        )
+    speculative = config.scheduler.speculative_config
+    if speculative and SpeculativeConfig.from_json(speculative).method != "off":
+        raise ValueError(
+            f'speculative_config on a GPU must be {{"method": "off"}} so far, got {speculative}'
         )
     attempt = _Attempt(spec, config, total_bytes, weight_bytes)
     plan = attempt.plan()
