@@ -1,16 +1,47 @@
 """How far drafts without a model get on real text: recorded answers, replayed without the model.
 
-``record`` generates greedy answers to prompts once; ``replay`` lets proposers draft along them.
+``record`` generates answers to prompts once; ``replay`` lets proposers draft along them, and the
+controller on a device that takes given times, which knows no noise but the proposers' own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.machine import keep_row, passport
+from octavo.speculative import Outlook, SpeculativeConfig, make_drafter
+from octavo.speculative.ngram import NgramProposer
+from octavo.speculative.proposer import Proposer
+from octavo.speculative.suffix import SuffixProposer
+from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 
 SETS = ("prompts_sum", "prompts_humaneval", "prompts_mt_bench")
+METHODS: dict[str, Callable[[], Proposer]] = {
+    # The first as vLLM has it by default.
+    "ngram 5-5": lambda: NgramProposer(min_length=5, max_length=5),
+    "ngram 2-5": lambda: NgramProposer(min_length=2, max_length=5),
+    "suffix": SuffixProposer,
+    "suffix, spec factor 4": lambda: SuffixProposer(spec_factor=4.0, min_token_prob=0.05),
+}
+# Milliseconds of a step by its tokens: SmolLM2-135M, int8, two cores.
+CPU_COST = "1:4.5,2:4.8,4:5.2,8:7,16:11,32:19,64:35,512:259"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Prompt and answer in one; ``start``: where the answer begins."""
+
+    tokens: npt.NDArray[np.int32]
+    start: int
 
 
 def record(args: argparse.Namespace) -> None:
@@ -34,6 +65,151 @@ def record(args: argparse.Namespace) -> None:
             print(f"{name}: {len(found)} answers, {sum(len(g.token_ids) for g in found)} tokens")
 
 
+def read(path: str) -> dict[str, list[Answer]]:
+    found: dict[str, list[Answer]] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        tokens = np.asarray(row["prompt"] + row["output"], np.int32)
+        found.setdefault(row["set"], []).append(Answer(tokens=tokens, start=len(row["prompt"])))
+    return found
+
+
+def num_right(answer: Answer, at: int, draft: Sequence[int]) -> int:
+    number = 0
+    for token in draft:
+        if answer.tokens[at + number] != token:
+            break
+        number += 1
+    return number
+
+
+def replay_proposer(make: Callable[[], Proposer], answers: Sequence[Answer], k: int) -> Any:
+    """What drafts of up to ``k`` tokens in every step would have come to, one answer at a time."""
+    proposer = make()
+    steps = drawn = proposed = accepted = 0
+    took = 0.0
+    clock = time.perf_counter
+    for number, answer in enumerate(answers):
+        name, tokens, at = str(number), answer.tokens, answer.start + 1
+        prompt = tokens[: answer.start].tolist()
+        began = clock()
+        proposer.begin(name, prompt, num_prompt_tokens=answer.start, salt=None)
+        proposer.extend(name, [int(tokens[answer.start])])
+        while at < len(tokens):
+            room = min(k, len(tokens) - at - 1)
+            draft: Sequence[int] = ()
+            if room:
+                draft = proposer.propose(name, tokens[:at], max_drafts=room).token_ids
+            took += clock() - began
+            right = num_right(answer, at, draft)
+            proposed, accepted = proposed + len(draft), accepted + right
+            steps, drawn = steps + 1, drawn + right + 1
+            new = tokens[at : at + right + 1].tolist()
+            at += right + 1
+            began = clock()
+            proposer.extend(name, new)
+        proposer.end(name)
+        took += clock() - began
+    return {
+        "tokens_per_step": round(drawn / steps, 3),
+        "accepted": round(accepted / max(1, proposed), 3),
+        "us_per_call": round(took / steps * 1e6, 1),
+    }
+
+
+def arrivals(answers: Sequence[Answer]) -> Iterator[tuple[str, Answer]]:
+    return ((f"r{i}", each) for i, each in enumerate(answers) if len(each.tokens) > each.start + 1)
+
+
+def replay_auto(
+    answers: Sequence[Answer], *, requests: int, cost: Callable[[int], float], k: int
+) -> Any:
+    """The controller with so many requests at a time: how much faster than without drafts.
+
+    Drafting takes what it takes here and now, steps what ``cost`` says.
+    """
+    spent, clock = 0.0, time.perf_counter
+    drafter = make_drafter(SpeculativeConfig(method="auto", num_speculative_tokens=k))
+    source = arrivals(answers)
+    live: dict[str, tuple[Answer, int]] = {}
+    finished: list[str] = []
+    without = computed = drawn = 0.0
+    while True:
+        new = [each for _, each in zip(range(requests - len(live)), source, strict=False)]
+        live |= {name: (answer, answer.start + 1) for name, answer in new}
+        if not live:
+            break
+        wanted = drafter.num_wanted
+        room = {n: min(wanted, len(a.tokens) - at - 1) for n, (a, at) in live.items()}
+        room = {name: most for name, most in room.items() if most > 0}
+        step = SchedulerOutput(
+            step=0,
+            new_requests=tuple(new_request(name, answer) for name, answer in new),
+            num_scheduled_tokens={name: 1 + room.get(name, 0) for name in live},
+            max_drafts=room,
+            finished_request_ids=tuple(finished),
+        )
+        began = clock()
+        drafter.begin(step)
+        outlooks = [Outlook(n, live[n][0].tokens[: live[n][1]], room[n]) for n in room]
+        drafts = drafter.draft(outlooks, num_tokens=len(live)) if room else {}
+        spent += clock() - began
+        number = len(live) + sum(map(len, drafts.values()))
+        found = {}
+        for name, (answer, at) in live.items():
+            end = at + num_right(answer, at, drafts.get(name, ())) + 1
+            found[name] = answer.tokens[at:end].tolist()
+            live[name] = (answer, end)
+        began = clock()
+        drafter.learn(drafts, found, num_tokens=number, seconds=cost(number))
+        spent += clock() - began + cost(number)
+        new_tokens = sum(map(len, found.values()))
+        without += cost(len(live)) * new_tokens / len(live)
+        computed, drawn = computed + number, drawn + new_tokens
+        finished = [name for name, (answer, at) in live.items() if at >= len(answer.tokens)]
+        for name in finished:
+            del live[name]
+    return {"speedup": round(without / spent, 3), "computed_per_token": round(computed / drawn, 2)}
+
+
+def new_request(name: str, answer: Answer) -> NewRequest:
+    return NewRequest(
+        request_id=name,
+        token_ids=tuple(answer.tokens[: answer.start + 1].tolist()),
+        num_prompt_tokens=answer.start,
+        num_computed_tokens=0,
+        block_ids=(),
+        params=SamplingParams(),
+    )
+
+
+def cost_of(text: str) -> Callable[[int], float]:
+    points = [point.split(":") for point in text.split(",")]
+    xs = [float(x) for x, _ in points]
+    ys = [float(y) * 1e-3 for _, y in points]
+    return lambda num_tokens: float(np.interp(num_tokens, xs, ys))
+
+
+def replay(args: argparse.Namespace) -> None:
+    about = passport()
+
+    def show(row: Mapping[str, Any]) -> None:
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if args.write:
+            keep_row("spec_acceptance", {"name": "spec_acceptance", **row, **about})
+
+    sets = read(args.answers)
+    for name, answers in sets.items():
+        for method, make in METHODS.items():
+            for k in args.k:
+                show({"set": name, "method": method, "k": k, **replay_proposer(make, answers, k)})
+    cost = cost_of(args.cost)
+    for name, answers in sets.items():
+        for requests in args.requests:
+            found = replay_auto(answers, requests=requests, cost=cost, k=max(args.k))
+            show({"set": name, "method": "auto", "requests": requests, "cost": args.cost, **found})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -45,6 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     recorder.add_argument("--tokens", type=int, default=128)
     recorder.add_argument("--temperature", type=float, default=0.0)
     recorder.set_defaults(run=record)
+    player = commands.add_parser("replay")
+    player.add_argument("answers", help="JSONL that `record` wrote")
+    player.add_argument("--k", type=int, nargs="+", default=[3, 5, 8])
+    player.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
+    player.add_argument("--cost", default=CPU_COST, help="tokens:milliseconds of a step, ...")
+    player.add_argument("--write", action="store_true", help="append rows to benchmarks/results")
+    player.set_defaults(run=replay)
     args = parser.parse_args(argv)
     args.run(args)
 

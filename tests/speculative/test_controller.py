@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from octavo.speculative.base import Outlook
-from octavo.speculative.controller import Regime
+from octavo.speculative.controller import MAX_REQUESTS, Regime
 from octavo.speculative.sources import DraftCounts
 from octavo.types import SchedulerOutput
 from tests.speculative import simulated as sim
 
 
-@pytest.mark.parametrize("requests", [1, 8, 32])
+@pytest.mark.parametrize("requests", [1, 8])
 def test_drafts_where_tokens_are_nearly_free(requests: int) -> None:
     simulation = sim.Simulation(sim.FLAT, chance=0.7)
     record = simulation.run(1500, requests=requests)
-    assert record.speedup(500) > (2.5 if requests < 32 else 1.5)
+    assert record.speedup(500) > 2.5
     assert record.drafts(500) > 2
     assert simulation.auto.counts.num_guarded == 0
 
@@ -77,7 +77,7 @@ def test_no_minute_is_slower_by_more_than_3_percent(
     simulation = sim.Simulation(cost, chance=chance, noise=0.05)
     simulation.guesser.claimed = 0.5
     steps = math.ceil(65 / cost(requests))
-    record = simulation.run(min(steps, 200_000 // requests, 8000), requests=requests)
+    record = simulation.run(min(steps, 80_000 // requests, 6000), requests=requests)
     assert record.speedup() > 0.985
     window = min(60.0, sum(record.seconds) / 1.2)
     assert record.least_speedup(window) > 0.97
@@ -205,3 +205,10 @@ def test_the_guarantee_counts_what_was_gained_in_the_last_minute_alone() -> None
     for _ in range(200):
         regime.account(seconds=0.1, without=0.06)
     assert counts.num_guarded > 0
+
+
+def test_a_crowd_has_no_drafts_and_takes_no_room() -> None:
+    """However cheap tokens seem."""
+    simulation = sim.Simulation(sim.FLAT, chance=0.9)
+    record = simulation.run(200, requests=MAX_REQUESTS + 1)
+    assert record.drafts() == 0 and simulation.auto.num_wanted == 0

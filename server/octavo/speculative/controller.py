@@ -36,6 +36,9 @@ _PLAIN_EVERY, _EXPLORE_EVERY = 97, 31
 _LEAST_MEASURED, _TRIES = 3, 8
 # A probe tries a draft whatever it is believed to bring, should it take less than this many steps.
 _CHEAP_TRY = 1.2
+# Steps of more requests have no drafts: they are bound by arithmetic, where a draft costs what a
+# token does, and finding that out again and again costs more than it could gain.
+MAX_REQUESTS = 8
 # Share of a step's time after which no more requests are asked for drafts, and of what it gains.
 _MAX_DRAFTING, _GAIN_SPENT = 0.06, 0.25
 # The guarantee: over the last minute of steps no more than 3 % is lost. Short of that, off.
@@ -218,13 +221,14 @@ class AutoDrafter(_Counting):
         self._num_tried: Counter[int] = Counter()  # steps, by the size of what was tried
         self._first = 0  # request that is asked first
         self._is_plain = True  # whether the step draws tokens and does nothing else
+        self._is_crowd = False  # whether the step has more requests than may draft
         self._num_requests = 0  # of the last such step
         self._drafting = 0.0  # seconds spent on this step's drafts
         self._proposals: dict[str, Proposal] = {}  # of drafts in this step
 
     @property
     def num_wanted(self) -> int:
-        if not self.regime.may_draft:
+        if self._is_crowd or not self.regime.may_draft:
             return 0
         return int(self._wanted) if self.regime.is_on else min(self._max_drafts, _PROBE_DRAFTS)
 
@@ -237,7 +241,10 @@ class AutoDrafter(_Counting):
             self.regime.call(len(step.num_scheduled_tokens))
         room = step.max_drafts
         counts = step.num_scheduled_tokens
-        self._is_plain = all(n == 1 + room.get(name, 0) for name, n in counts.items())
+        self._is_crowd = len(counts) > MAX_REQUESTS
+        self._is_plain = not self._is_crowd and all(
+            n == 1 + room.get(name, 0) for name, n in counts.items()
+        )
         if self._is_plain:
             if len(counts) * 4 < self._num_requests * 3:
                 self.regime.call(1)
@@ -340,10 +347,11 @@ class AutoDrafter(_Counting):
         self.regime.pass_step(seconds + self._drafting)
         num_requests = num_tokens - sum(map(len, drafts.values()))
         if self._is_plain:
-            # Of the costs before they learn of this step.
+            # As it was expected before this step.
             expected = self.costs.of(num_requests).seconds(num_requests)
-            is_known = self.costs.observe(num_requests, num_tokens, seconds)
-            if is_known and (drafts or self._drafting):
+            self.costs.observe(num_requests, num_tokens, seconds)
+            # Steps of a new kind too, which are slow: had it not been for drafts they were not new.
+            if drafts or self._drafting:
                 self._account(tokens, expected, num_requests, seconds, has_drafts=bool(drafts))
         if not drafts:
             return

@@ -22,6 +22,7 @@ _DRIFT = 0.04  # of how far it is off, that all other knots take over: contexts 
 _MAX_ERROR = 1.5  # a measurement further off is cut to this many times what was expected
 _SURE = 8  # measurements after which one may be called an error
 _NUM_TABLED = 512
+_REBUILD_EVERY = 16
 # A number of tokens is run in its slow ways first: as it comes, then while it is recorded.
 _NUM_WARM = 2
 
@@ -40,8 +41,10 @@ class CostCurve:
 
     def __init__(self, prior: CostCurve | None = None) -> None:
         self._prior = prior
-        self._costs: _Floats = np.ones(len(_KNOTS))  # of knots that were measured
-        self._counts: npt.NDArray[np.int64] = np.zeros(len(_KNOTS), np.int64)
+        # Of knots that were measured, over ``_scale``, which is how all of them drift at once.
+        self._costs = [1.0] * len(_KNOT_LIST)
+        self._scale = 1.0
+        self._counts = [0] * len(_KNOT_LIST)
         self._curve: _Floats = _PRIOR
         self._table: list[float] = []
         self._num_new = 0
@@ -49,24 +52,22 @@ class CostCurve:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         knot = _knot_near(num_tokens)
+        cost = seconds
         if self.num_measured:
             expected = self.seconds(num_tokens)
-            count = int(self._counts[knot])
             if self.num_measured >= _SURE:
                 seconds = min(max(seconds, expected / _MAX_ERROR), expected * _MAX_ERROR)
-            cost = seconds * float(self._curve[knot]) / expected
-            if count:
-                self._costs *= (cost / float(self._costs[knot])) ** _DRIFT
-                share = max(_RATE, 1.0 / (count + 1))
-                self._costs[knot] += share * (cost - self._costs[knot])
-            else:
-                self._costs[knot] = cost
-        else:
-            self._costs[knot] = seconds
+            cost = seconds * self.seconds(int(_KNOT_LIST[knot])) / expected
+        count = self._counts[knot]
+        if count:
+            old = self._costs[knot] * self._scale
+            self._scale *= (cost / old) ** _DRIFT
+            cost = old + max(_RATE, 1.0 / (count + 1)) * (cost - old)
+        self._costs[knot] = cost / self._scale
         self._counts[knot] += 1
         self.num_measured += 1
         self._num_new += 1
-        if self._num_new >= 8 or self.num_measured < 64:
+        if self._num_new >= min(_REBUILD_EVERY, 1 + self.num_measured // 4):
             self._rebuild()
 
     def seconds(self, num_tokens: int) -> float:
@@ -82,19 +83,21 @@ class CostCurve:
 
     def num_measured_at(self, num_tokens: int) -> int:
         """Steps of about so many tokens."""
-        return int(self._counts[_knot_near(num_tokens)])
+        return self._counts[_knot_near(num_tokens)]
 
     def _shape(self) -> _Floats:
         """What is believed of all knots, but for a factor near those that were measured."""
         if self._prior is not None:
             return self._prior._curve
-        sure = np.flatnonzero(self._counts >= 2)
+        counts = np.asarray(self._counts)
+        sure = np.flatnonzero(counts >= 2)
         if len(sure) < 2 or _KNOTS[sure[-1]] < 1.1 * _KNOTS[sure[0]]:
             return _PRIOR
         # A line, by relative errors: reading weights takes so long, each token's products so long.
-        weights = np.sqrt(np.minimum(self._counts[sure], 20)) / self._costs[sure]
+        costs = np.asarray(self._costs)[sure] * self._scale
+        weights = np.sqrt(np.minimum(counts[sure], 20)) / costs
         columns = np.stack([weights, weights * _KNOTS[sure]], axis=1)
-        base, slope = np.linalg.lstsq(columns, weights * self._costs[sure], rcond=None)[0].tolist()
+        base, slope = np.linalg.lstsq(columns, weights * costs, rcond=None)[0].tolist()
         return np.asarray(max(base, 0.0) + max(slope, 1e-3 * max(base, 1e-9)) * _KNOTS)
 
     def _rebuild(self) -> None:
@@ -102,7 +105,7 @@ class CostCurve:
         curve = self._shape()
         seen = np.flatnonzero(self._counts)
         if len(seen):
-            ratios = self._costs[seen] / curve[seen]
+            ratios = np.asarray(self._costs)[seen] * self._scale / curve[seen]
             curve = curve * np.interp(_KNOTS, _KNOTS[seen], ratios)
         # The mean of the least curve above and of the greatest below that never fall.
         rising = np.maximum.accumulate(curve)
@@ -128,7 +131,7 @@ class StepCosts:
         return curve
 
     def observe(self, num_requests: int, num_tokens: int, seconds: float) -> bool:
-        """A step took so long. Whether it counted: those of a new kind are slow, once."""
+        """A step took so long. Whether that is what such steps take: the first are slow."""
         self._times_run[num_tokens] += 1
         if self._times_run[num_tokens] <= _NUM_WARM:
             return False

@@ -23,15 +23,6 @@ def factors(max_length: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def key_at(token_ids: Sequence[int], end: int, multipliers: Sequence[int]) -> int:
-    """Key of the ``len(multipliers)`` tokens before ``end``, which must be there."""
-    key = 0
-    for factor in multipliers:
-        end -= 1
-        key += token_ids[end] * factor
-    return key & _MASK
-
-
 def keys_between(
     token_ids: Sequence[int], start: int, end: int, multipliers: Sequence[int]
 ) -> list[int]:
