@@ -75,7 +75,7 @@ def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: boo
         ("int8", "auto", "int8 (q8_0)", "int8"),
         ("int4", "auto", "int4 (q4_1, q8_0)", "int8"),
         ("int4", "float32", "int4 (q4_1, q8_0)", "float32"),
-        ("int8", "int8", "int8 (q8_0)", "int8"),
+        ("int8", "float16", "int8 (q8_0)", "float16"),
     ],
 )
 def test_quantisation_is_told(
