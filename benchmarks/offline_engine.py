@@ -132,7 +132,9 @@ class OfflineEngine:
             self._count("preemptions", step.stats.preemptions)
             worker = getattr(step.stats, "worker", None)
             for name in () if worker is None else worker.__slots__:
-                self._count(name, getattr(worker, name))
+                value = getattr(worker, name)
+                if isinstance(value, int):
+                    self._count(name, value)
 
     def _count(self, name: str, more: int) -> None:
         self.counts[name] = self.counts.get(name, 0) + more

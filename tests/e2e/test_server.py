@@ -53,7 +53,7 @@ def test_capital_of_france(client: openai.OpenAI) -> None:
         for chunk in stream:
             pieces.append(chunk.choices[0].delta.content or "")
     assert "".join(pieces) == text
-    assert len(pieces) > 5
+    assert len(pieces) > 1  # drafts that were accepted come together
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps no blocks")

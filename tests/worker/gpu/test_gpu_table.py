@@ -129,7 +129,7 @@ def test_batches_are_those_of_the_table_of_the_cpu(seed: int) -> None:
         assert found_batch.num_tokens == len(want.token_ids)
         assert found_batch.max_query_len == max(counts.values())
         assert found_batch.samples.tolist() == want.samples.tolist()
-        assert found_batch.sample_tokens.tolist() == want.last_tokens.tolist()
+        assert found_batch.sample_tokens.tolist() == want.sample_tokens.tolist()
         known = rig.cpu.num_tokens[want.rows[want.samples]]
         assert found_batch.sample_positions.tolist() == known.tolist()
         assert found_batch.sample_ids == [want.request_ids[i] for i in want.samples]
