@@ -2,7 +2,7 @@
 
 Four formats: e4m3 with a scale per output channel or per block of 128 x 128, int8 per channel, and
 4-bit groups with or without zero points. These have GPU kernels only; the CPU's weights, in panels,
-and their ops are in `quant_matmul.int8` and `quant_matmul.blocks`.
+and their ops are in `quant_matmul.blocks`.
 """
 
 from __future__ import annotations
