@@ -32,6 +32,7 @@ def kernels(
         paged_attention,
         rms_norm,
         rotary_kv_write,
+        row_copy,
         sampling,
         silu_mul,
     )
@@ -40,7 +41,7 @@ def kernels(
     of_blocks = [kernel for kind in block_kinds for kernel in blocks.kernels(kind)]
     multiplying = list(dict.fromkeys(of_blocks)) if block_kinds else matmul.kernels(weight_dtype)
     found = [*multiplying, *paged_attention.kernels(cache_dtype=cache_dtype)]
-    for op in (block_copy, block_move, rms_norm, rotary_kv_write, sampling, silu_mul):
+    for op in (block_copy, block_move, rms_norm, rotary_kv_write, row_copy, sampling, silu_mul):
         found += op.kernels()
     return found
 

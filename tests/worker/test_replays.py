@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.models import Model
+from octavo.models import Model, Taps
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.input_batch import StepBuffers, build_input_batch
 from octavo.worker.model_runner import ModelRunner
@@ -23,11 +23,11 @@ BLOCK_SIZE = 16
 class _Bench:
     """A table, buffers and K/V of their own, and forward passes over them."""
 
-    def __init__(self, runner: ModelRunner, model: Any) -> None:
+    def __init__(self, runner: ModelRunner, model: Any, *, taps: Taps | None = None) -> None:
         self.table = RequestTable(max_num_seqs=8, max_model_len=256, block_size=BLOCK_SIZE)
         self.buffers = StepBuffers(self.table, max_num_tokens=256)
         self.layers = runner._kv.layers
-        self.replays = ForwardReplays(model, kv_caches=self.layers, buffers=self.buffers)
+        self.replays = ForwardReplays(model, kv_caches=self.layers, buffers=self.buffers, taps=taps)
 
     def add(self, name: str, length: int, *, first_block: int) -> None:
         request = NewRequest(
@@ -78,6 +78,24 @@ def test_replays_of_any_batch_are_the_bits_of_the_pass_they_replace(
         assert torch.equal(mine.k.nan_to_num(7), other.k.nan_to_num(7))
         assert torch.equal(mine.v.nan_to_num(7), other.v.nan_to_num(7))
     assert num_replayed > 20 and plain.replays.num_recorded == 0
+
+
+def test_a_replay_leaves_the_taps_of_its_own_batch(
+    make_runner: Callable[..., ModelRunner], model: Model
+) -> None:
+    def tapped() -> Taps:
+        return Taps(layers=(0, 2), out=torch.full((8, 2 * model.spec.hidden_size), float("nan")))
+
+    taps = tapped(), tapped()
+    replayed, plain = (_Bench(make_runner(num_blocks=40), model, taps=own) for own in taps)
+    plain.replays._is_able = False
+    with torch.inference_mode():
+        for bench in (replayed, plain):
+            bench.add("a", 100, first_block=0)
+        for _ in range(5):
+            assert torch.equal(replayed.forward({"a": 3}), plain.forward({"a": 3}))
+            assert torch.equal(taps[0].out[:3], taps[1].out[:3])
+    assert replayed.replays.num_recorded == 1 and taps[0].out[3:].isnan().all()
 
 
 def test_a_replay_tells_of_a_batch_that_kernels_refuse_and_the_next_is_well(

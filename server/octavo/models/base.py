@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,6 +13,19 @@ from octavo.attention.base import AttentionBackend, AttentionMetadata, KVCacheSp
 from octavo.checkpoint import ModelSpec
 from octavo.layers.slot import WeightSlot
 from octavo.platforms.base import Platform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taps:
+    """Hidden states that a forward pass also leaves behind, for whoever drafts or learns from them.
+
+    Of token t what goes into layer ``layers[j]`` is ``out[t, j * D : (j + 1) * D]``. Layers count
+    as `eagle_aux_hidden_state_layer_ids` do: 0 is the embedding, the number of layers is the last
+    one's output before the final norm.
+    """
+
+    layers: tuple[int, ...]  # rising
+    out: Tensor  # [at least T, len(layers) * D] float32
 
 
 class Model(Protocol):
@@ -39,12 +53,19 @@ class Model(Protocol):
         kv_caches: Sequence[KVLayer],
         *,
         out: Tensor | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         """[T] int32 or int64 -> [T, D] activations after the final norm, into out if given.
-        Writes this step's K/V."""
+        Writes this step's K/V, and the taps."""
 
     def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[S, D] activations -> [S, V] float32, into out if given."""
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] int32 or int64 -> [T, D] token vectors, as the first layer gets them."""
+
+    def norms(self) -> Sequence[Tensor]:
+        """The weights of all norms of hidden rows, [D] each, by depth."""
 
     def slots(self) -> dict[str, WeightSlot]:
         """Checkpoint tensor name -> where it goes."""

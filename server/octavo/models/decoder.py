@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.attention.base import AttentionBackend, AttentionLayer, AttentionMetadata, KVLayer
 from octavo.checkpoint import ModelSpec
 from octavo.layers import GatedMLP, RMSNorm, SelfAttention, TokenEmbedding, WeightSlot
+from octavo.models.base import Taps
 from octavo.models.rope import rotary_tables
 from octavo.platforms.base import Platform
 
@@ -137,14 +138,32 @@ class Decoder:
         kv_caches: Sequence[KVLayer],
         *,
         out: Tensor | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
+        tapped = () if taps is None else taps.layers
         x_TD = self.embedding.embed(token_ids)
-        for layer, kv in zip(self.layers, kv_caches, strict=True):
+        for index, (layer, kv) in enumerate(zip(self.layers, kv_caches, strict=True)):
+            if taps is not None and index in tapped:
+                self._tap(x_TD, taps, index)
             x_TD = layer(x_TD, attn=attn, kv=kv)
+        if taps is not None and len(self.layers) in tapped:
+            self._tap(x_TD, taps, len(self.layers))
         return self.norm(x_TD, out=out)
+
+    def _tap(self, x_TD: Tensor, taps: Taps, index: int) -> None:
+        num_tokens, size = x_TD.shape
+        start = taps.layers.index(index) * size
+        self.platform.copy_rows(x_TD, out=taps.out[:num_tokens, start : start + size])
 
     def compute_logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         return self.head.logits(hidden, out=out)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self.embedding.embed(token_ids)
+
+    def norms(self) -> list[Tensor]:
+        pairs = [(layer.input_norm.weight, layer.mlp_norm.weight) for layer in self.layers]
+        return [*(weight for pair in pairs for weight in pair), self.norm.weight]
 
     def slots(self) -> dict[str, WeightSlot]:
         slots = {**self.embedding.slots(), **self.head.slots()}  # one and the same if tied

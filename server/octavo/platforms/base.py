@@ -88,3 +88,6 @@ class Platform(Protocol):
         self, x: Tensor, weight: Tensor, *, eps: float, out: Tensor | None = None
     ) -> Tensor:
         """x / rms(x) * weight over the last dimension, [T, D] -> [T, D], into out if given."""
+
+    def copy_rows(self, x: Tensor, *, out: Tensor) -> None:
+        """out = x, activations [T, D] to float32; rows of both may lie apart."""

@@ -18,6 +18,7 @@ from octavo_kernels.quant_matmul.block_packed import BlockWeight, write_blocks, 
 from octavo_kernels.quant_matmul.blocks import Kind, gated_blocks, gated_rows, matmul_blocks
 from octavo_kernels.quant_matmul.blocks import gather_rows as gather_block_rows
 from octavo_kernels.rms_norm import rms_norm
+from octavo_kernels.row_copy import row_copy
 from octavo_kernels.silu_mul import silu_mul
 
 
@@ -164,3 +165,6 @@ class CPUPlatform:
         self, x: Tensor, weight: Tensor, *, eps: float, out: Tensor | None = None
     ) -> Tensor:
         return rms_norm(x, weight, eps=eps, out=out)
+
+    def copy_rows(self, x: Tensor, *, out: Tensor) -> None:
+        row_copy(x, out=out)

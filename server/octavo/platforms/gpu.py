@@ -149,6 +149,9 @@ class GPUPlatform:
     ) -> Tensor:
         return rms_norm(x, weight, eps=eps, out=out, use_pdl=self._use_pdl)
 
+    def copy_rows(self, x: Tensor, *, out: Tensor) -> None:
+        out.copy_(x)
+
 
 def model_shape(
     spec: ModelSpec, *, dtype: torch.dtype, cache_dtype: torch.dtype, block_size: int

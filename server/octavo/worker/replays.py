@@ -9,11 +9,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from octavo.attention.base import AttentionMetadata, KVLayer
-from octavo.models.base import Model
+from octavo.models.base import Model, Taps
 from octavo.worker.input_batch import InputBatch, StepBuffers
 from octavo_kernels.recording import Arena, Recording, UnrecordableError, recording
 
@@ -41,11 +42,19 @@ class ForwardReplays:
 
     The first time costs what a step costs, so a number of tokens that comes once is not recorded.
     A replay gives the same bits: it launches the same kernels. Where every token is one to draw
-    after, as in most steps, logits are part of the pass.
+    after, as in most steps, logits are part of the pass. ``taps``: what every pass leaves there.
     """
 
-    def __init__(self, model: Model, *, kv_caches: Sequence[KVLayer], buffers: StepBuffers) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        kv_caches: Sequence[KVLayer],
+        buffers: StepBuffers,
+        taps: Taps | None = None,
+    ) -> None:
         self._model = model
+        self._options: dict[str, Any] = {} if taps is None else {"taps": taps}
         self._kv_caches = kv_caches
         self._buffers = buffers
         self._arena = Arena()
@@ -87,7 +96,7 @@ class ForwardReplays:
     def _run(
         self, token_ids: Tensor, attn: AttentionMetadata, *, has_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = self._model.forward(token_ids, attn, self._kv_caches)
+        hidden = self._model.forward(token_ids, attn, self._kv_caches, **self._options)
         return hidden, self._model.compute_logits(hidden) if has_logits else None
 
     def _record(self, kind: _Kind) -> tuple[Tensor, Tensor | None]:
