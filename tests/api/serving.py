@@ -41,14 +41,14 @@ CORPUS = [
 ]
 
 
-def small_tokenizer() -> Tokenizer:
+def small_tokenizer(*, vocab_size: int = 600) -> Tokenizer:
     """A byte-level BPE of 600 tokens or so, trained on the spot."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
         num_host_slots: int = 0,
         using: Any = None,
         drafter: Drafter | None = None,
+        seconds: Callable[[], float] = time.perf_counter,
     ) -> ModelRunner:
         spec = kv_cache_spec(model.spec, block_size=block_size, dtype=torch.float32)
         kv = KVTensors(model.backend, spec, num_blocks=num_blocks)
@@ -92,6 +94,7 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
             transfer=transfer,
             max_num_tokens=512,
             drafter=drafter,
+            seconds=seconds,
         )
 
     return make
