@@ -9,17 +9,15 @@ import dataclasses
 import difflib
 import itertools
 import json
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.checkpoint.source import resolve
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.engine.build import build_engine
+from octavo.engine.interrupts import unbroken
 from octavo.engine.options import (
     Defaults,
     GenerationOptions,
@@ -33,6 +31,7 @@ from octavo.engine.outputs import (
     ChoiceDelta,
     ChoiceReader,
     ChoiceResult,
+    DraftStats,
     RequestFailedError,
 )
 from octavo.text.chat_template import ChatTemplate, find_template
@@ -64,6 +63,7 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     error: str | None = None  # with FinishReason.ERROR
+    draft_stats: DraftStats = DraftStats()  # what speculation did
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,7 +324,7 @@ class LLM:
     def _step(self) -> None:
         """One engine step; takes every job that has ended out of its caller's dict."""
         assert self._core.has_work, "requests are running and the engine has nothing to do"
-        with _unbroken():
+        with unbroken():
             step = self._core.step()
             if step.stats is not None:
                 self.num_preemptions += step.stats.preemptions
@@ -366,31 +366,6 @@ class LLM:
         )
 
 
-@contextmanager
-def _unbroken() -> Iterator[None]:
-    """Puts Ctrl-C off to the end of the block: a step that is left half-way leaves an engine that
-    no longer knows what it computes. The second Ctrl-C is obeyed at once."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    is_interrupted = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal is_interrupted
-        if is_interrupted:
-            raise KeyboardInterrupt
-        is_interrupted = True
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if is_interrupted:
-        raise KeyboardInterrupt
-
-
 def _completion(job: _Job) -> Completion:
     result = job.result
     reason = FinishReason.ERROR if job.error is not None else result.finish_reason
@@ -403,6 +378,7 @@ def _completion(job: _Job) -> Completion:
         finish_reason=reason,
         stop_reason=result.stop_reason,
         error=job.error,
+        draft_stats=result.draft_stats,
     )
 
 

@@ -184,6 +184,8 @@ class ModelOutput:
     # Blocks that this step loaded, and the host tier's copy was not what had been saved. What was
     # computed on them is void: the scheduler starts those requests anew.
     damaged_blocks: tuple[int, ...] = ()
+    # Drafts that were verified, of requests that sampled; absent = none.
+    num_draft_tokens: Mapping[str, int] = field(default_factory=dict)
     # Drafts for each request that would pay in a step like this one; 0 = none.
     num_drafts_wanted: int = 0
     worker: WorkerStats | None = None
@@ -215,6 +217,8 @@ class EngineOutput(NamedTuple):
     error: str | None = None  # with FinishReason.ERROR: what the client is told
     is_bad_request: bool = False  # the error is the request's own fault (HTTP 400)
     times: RequestTimes | None = None
+    # In the step that drew these tokens: drafts that were verified, and those that were accepted.
+    drafts: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

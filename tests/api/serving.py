@@ -113,6 +113,7 @@ class ScriptedEngine(Pumped):
         self.hold_after: int | None = None
         self.tokens_per_output = 1
         self.num_cached = 0
+        self.num_drafts = 0  # that each output tells to have been verified
         self.dead: str | None = None
         self._pumps = {}
         self.on_request: Callable[[EngineRequest], None] = lambda request: None
@@ -203,6 +204,7 @@ class ScriptedEngine(Pumped):
                 else (),
                 new_prompt_logprobs=prompt_logprobs,
                 num_cached_tokens=self.num_cached,
+                drafts=(self.num_drafts, len(tokens) - 1) if self.num_drafts else None,
                 finish_reason=reason,
                 stop_reason=tokens[-1] if by_id else None,
             )

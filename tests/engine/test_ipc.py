@@ -70,6 +70,7 @@ OUTPUTS = frozen(
     error=st.none() | TEXT,
     is_bad_request=st.booleans(),
     times=st.none() | frozen(RequestTimes, arrival=REALS, queued=REALS, finished=REALS),
+    drafts=st.none() | st.tuples(IDS, IDS),
 )
 STEPS = frozen(
     EngineOutputs,

@@ -15,6 +15,7 @@ from octavo.engine.outputs import (
     Choice,
     ChoiceReader,
     ChoiceResult,
+    DraftStats,
     RequestFailedError,
     best_choices,
     read_choices,
@@ -192,3 +193,14 @@ def test_text_alone_is_read_the_short_way() -> None:
         texts.append(text)
     assert "".join(texts) == "naïve 日本語 😀 and so on"
     assert num_long == 2  # the first tells what was cached, the last the end
+
+
+def test_drafts_are_added_up_by_position() -> None:
+    assert DraftStats.of_step(None) == DraftStats()
+    steps = [DraftStats.of_step(drafts) for drafts in ((4, 0), (1, 1), (3, 2))]
+    total = sum(steps, start=DraftStats())
+    assert total == DraftStats(
+        num_drafts=3, num_draft_tokens=8, num_accepted_tokens_per_pos=(2, 1, 0, 0)
+    )
+    assert (total.num_accepted_tokens, total.mean_accepted_length) == (3, 2.0)
+    assert DraftStats().mean_accepted_length == 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,7 @@ class ServedRunner(Pumped):
         self._stepping: asyncio.Task[None] | None = None
         self.aborts: dict[str, int] = {}  # requests of `add` that end after so many outputs
         self.tokens: dict[str, list[int]] = {}  # all that the engine told, by request
+        self.spec_stats: list[dict[str, Any]] = []  # of all answers that told them
         self.num_preemptions = self.num_loaded_blocks = 0
 
     @property
@@ -160,6 +162,9 @@ async def ask(engine: ServedRunner, body: Mapping[str, Any], *, tokenizer: Token
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         response = await http.post("/v1/completions", json=dict(body))
     assert response.status_code == 200, response.text
+    found = re.findall(r'"spec_stats":(\{.*?\})', response.text)
+    assert len(found) == (1 if body.get("return_spec_stats") else 0)
+    engine.spec_stats += map(json.loads, found)
     if not body.get("stream"):
         return essence(response.json())
     lines = [line for line in response.text.splitlines() if line]
@@ -168,8 +173,8 @@ async def ask(engine: ServedRunner, body: Mapping[str, Any], *, tokenizer: Token
 
 
 def essence(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer without its time and id, and what the cache served of it."""
-    kept = {k: v for k, v in answer.items() if k not in ("id", "created")}
+    """An answer without its time and id, and what the cache and speculation served of it."""
+    kept = {k: v for k, v in answer.items() if k not in ("id", "created", "spec_stats")}
     if kept.get("usage"):
         kept["usage"] = {k: v for k, v in kept["usage"].items() if k != "prompt_tokens_details"}
     return kept

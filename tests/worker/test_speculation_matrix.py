@@ -67,6 +67,7 @@ REQUEST: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "cache_salt": {"-": {}, "salt": {"cache_salt": "s"}},
     "truncate_prompt_tokens": {"-": {}, "33": {"truncate_prompt_tokens": 33}},
     "return_tokens_as_token_ids": {"-": {}, "true": {"return_tokens_as_token_ids": True}},
+    "return_spec_stats": {"-": {}, "true": {"return_spec_stats": True}},
 }
 # Feature -> value's name -> what it changes of the engine.
 ENGINE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -228,6 +229,7 @@ class Tally:
     preemptions: int = 0
     loaded_blocks: int = 0
     failed: int = 0
+    told: int = 0  # accepted drafts, by `return_spec_stats`
 
 
 class Matrix:
@@ -266,6 +268,11 @@ class Matrix:
         )
         told = {name: value for name, value in row.items() if value != PARAMETERS[name][0]}
         assert found == want, f"row {number}: {told}"
+        assert all(not any(map(bool, stats.values())) for stats in plain.spec_stats)
+        for stats in engine.spec_stats:  # mates have drafts too
+            assert stats["num_draft_tokens"] <= drafter.counts.num_draft_tokens
+            assert sum(stats["num_accepted_tokens_per_pos"]) == stats["num_accepted_tokens"]
+            self.tally.told += stats["num_accepted_tokens"]
         if row["mates"] == "3":
             assert all(engine.tokens[mate.request_id] == truth[mate.request_id] for mate in mates)
         return self._line(row, number, drafter, engine, want)
@@ -338,5 +345,6 @@ def test_every_pair_of_parameters_with_and_without_speculation(make_runner: Make
         assert accepted > 0 or proposer == "wrong", proposer
         assert accepted < drafted or proposer == "right", proposer
     assert tally.accepted["wrong"] < 0.1 * tally.drafted["wrong"]
+    assert 0 < tally.told < tally.accepted.total()
     assert tally.preemptions > 0 and tally.loaded_blocks > 0 and tally.failed > 0
     assert set(tally.reasons) == {"stop by text", "stop by token", "length"}

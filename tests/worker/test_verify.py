@@ -44,12 +44,15 @@ class Outcome:
     reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
+    drafts: list[tuple[int, int]] = field(default_factory=list, compare=False)
 
     def add(self, news: EngineOutput) -> None:
         assert len(news.new_logprobs) in (0, len(news.new_token_ids))
         self.tokens += news.new_token_ids
         self.logprobs += news.new_logprobs
         self.prompt_logprobs += news.new_prompt_logprobs
+        if news.drafts is not None:
+            self.drafts.append(news.drafts)
         self.reason, self.stop_reason, self.error = (
             news.finish_reason,
             news.stop_reason,
@@ -206,6 +209,10 @@ def test_drafts_change_nothing_but_the_number_of_steps(
         assert all(8 <= len(outcome.tokens) < 40 for outcome in found.values())
     else:
         assert all(len(outcome.tokens) == 40 for outcome in found.values())
+    if max_inflight == 1:  # else a step may begin before the one that ends the request is known
+        told = [drafts for outcome in found.values() for drafts in outcome.drafts]
+        sums = tuple(map(sum, zip(*told, strict=True)))
+        assert sums == (oracle.num_drafted, oracle.num_accepted)
     share = oracle.num_accepted / oracle.num_drafted
     assert share > 0.7 if error == 0.0 else share < 0.6 if error == 0.4 else share < 0.1
 

@@ -16,7 +16,7 @@ from octavo.api.logprobs import LogprobFormat
 from octavo.api.prompts import fit, render_chat
 from octavo.api.request_body import answering, documented, read_model
 from octavo.api.schemas import ChatCompletionRequest, StreamOptions
-from octavo.api.sse import DONE, Event, ShortForm, make_event, respond
+from octavo.api.sse import Event, ShortForm, last_event, make_event, respond
 from octavo.engine.outputs import ChoiceDelta, ChoiceResult
 
 
@@ -83,6 +83,8 @@ class _ChatAnswer:
             "choices": [self._choice(result) for result in results],
             "usage": usage.as_dict(),
         }
+        if self.body.return_spec_stats:
+            answer["spec_stats"] = usage.spec_stats
         prompt_logprobs = results[0].prompt_logprobs
         if prompt_logprobs is not None:
             answer["prompt_logprobs"] = self.logprobs.prompt(prompt_logprobs)
@@ -115,6 +117,7 @@ class _ChatEvents:
         options = self._body.stream_options or StreamOptions()
         self._has_usage, self._is_continuous = bool(options.include_usage), options.is_continuous
         self._wants_tokens = bool(self._body.logprobs or self._body.return_token_ids)
+        self._wants_stats = bool(self._body.return_spec_stats)
         self._event = self._make_event()
         self._short = ShortForm(self._event, self._text_choice)
         self._usage = Usage(self._job)
@@ -133,7 +136,7 @@ class _ChatEvents:
 
     @property
     def has_short_form(self) -> bool:
-        return not (self._wants_tokens or self._is_continuous)
+        return not (self._wants_tokens or self._is_continuous or self._wants_stats)
 
     def _text_choice(self, index: int, text: str) -> dict[str, Any]:
         (choice,) = self._chunk(ChoiceDelta(index=index, text=text))
@@ -156,8 +159,12 @@ class _ChatEvents:
         return b"".join(first([choice], usage) for choice in self._opening()) + data
 
     def last(self) -> bytes:
-        usage = self._event([], self._usage.as_dict()) if self._has_usage else b""
-        return usage + DONE
+        return last_event(
+            self._make_event,
+            self._usage,
+            has_usage=self._has_usage,
+            has_spec_stats=self._wants_stats,
+        )
 
     def _opening(self) -> list[dict[str, Any]]:
         """The chunks that tell each choice's role."""

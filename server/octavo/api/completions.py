@@ -18,7 +18,7 @@ from octavo.api.logprobs import LogprobFormat, prompt_text
 from octavo.api.prompts import completion_prompts, is_batch
 from octavo.api.request_body import answering, documented, read_model
 from octavo.api.schemas import MAX_TOTAL_CHOICES, CompletionRequest, StreamOptions
-from octavo.api.sse import DONE, ShortForm, make_event, respond
+from octavo.api.sse import Event, ShortForm, last_event, make_event, respond
 from octavo.engine.outputs import ChoiceDelta, ChoiceResult, best_choices
 from octavo.types import TokenLogprobs
 
@@ -103,7 +103,7 @@ class _CompletionAnswer:
             kept = best_choices(of_prompt, n=n) if n < len(of_prompt) else of_prompt
             for result in kept:
                 choices.append(self.choice(result, p, prompt_logprobs, index=len(choices)))
-        answer = {
+        answer: dict[str, Any] = {
             "id": job.response_id,
             "object": "text_completion",
             "created": job.created,
@@ -111,6 +111,8 @@ class _CompletionAnswer:
             "choices": choices,
             "usage": usage.as_dict(),
         }
+        if self._body.return_spec_stats:
+            answer["spec_stats"] = usage.spec_stats
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
     def choice(
@@ -175,21 +177,27 @@ class _CompletionEvents:
         self._answer = answer
         self._has_usage, self._is_continuous = bool(options.include_usage), options.is_continuous
         self._wants_tokens = body.logprobs is not None or bool(body.return_token_ids)
-        self._event = make_event(
-            has_usage_key=self._has_usage,
-            id=job.response_id,
-            object="text_completion",
-            created=job.created,
-            model=job.model,
-        )
+        self._wants_stats = bool(body.return_spec_stats)
+        self._event = self._make_event()
         self._short = ShortForm(self._event, self._text_choice)
         self._usage = Usage(job)
         self._begun = [False] * len(job.choices)
         self._prompt_logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(job.prompts)
 
+    def _make_event(self, **more: Any) -> Event:
+        job = self._job
+        return make_event(
+            has_usage_key=self._has_usage,
+            id=job.response_id,
+            object="text_completion",
+            created=job.created,
+            model=job.model,
+            **more,
+        )
+
     @property
     def has_short_form(self) -> bool:
-        return not (self._wants_tokens or self._is_continuous)
+        return not (self._wants_tokens or self._is_continuous or self._wants_stats)
 
     def _text_choice(self, index: int, text: str) -> dict[str, Any]:
         return self._answer.choice(
@@ -221,8 +229,12 @@ class _CompletionEvents:
         return self._event([choice], self._usage.as_dict() if self._is_continuous else None)
 
     def last(self) -> bytes:
-        usage = self._event([], self._usage.as_dict()) if self._has_usage else b""
-        return usage + DONE
+        return last_event(
+            self._make_event,
+            self._usage,
+            has_usage=self._has_usage,
+            has_spec_stats=self._wants_stats,
+        )
 
     def _is_shown(self, delta: ChoiceDelta, *, is_first: bool) -> bool:
         """Whether there is anything to show yet."""

@@ -23,7 +23,7 @@ from octavo.api.params import check_priority, generation_options, params_of
 from octavo.api.prompts import Prompt
 from octavo.api.schemas import Generation
 from octavo.engine.options import choice_seed
-from octavo.engine.outputs import Choice, ChoiceDelta, ChoiceResult, read_choices
+from octavo.engine.outputs import Choice, ChoiceDelta, ChoiceResult, DraftStats, read_choices
 from octavo.types import EngineRequest, FinishReason
 
 log = logging.getLogger(__name__)
@@ -156,13 +156,14 @@ async def client_gone(request: Request) -> None:
 
 class Usage:
     """Token counts of one API request. A prompt counts once, however many choices it has; every
-    choice's tokens count, also those `best_of` drops."""
+    choice's tokens and drafts count, also those `best_of` drops."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
         self._completion_tokens = 0
         self._cached = [0] * len(job.prompts)
+        self._draft_stats = DraftStats()
 
     def add(self, news: ChoiceDelta | ChoiceResult) -> None:
         """Counts what is new of a choice, or a whole one."""
@@ -170,10 +171,26 @@ class Usage:
         choice = self._job.choices[news.index]
         if choice.request.fork_of is None and news.num_cached_tokens:
             self._cached[choice.prompt_index] = news.num_cached_tokens
+        if isinstance(news, ChoiceResult):
+            self._draft_stats += news.draft_stats
+        elif news.drafts is not None:
+            self._draft_stats += DraftStats.of_step(news.drafts)
 
     def add_token(self) -> None:
         """Counts one more token of any choice."""
         self._completion_tokens += 1
+
+    @property
+    def spec_stats(self) -> dict[str, Any]:
+        """What ``return_spec_stats`` asks for; tokens counted by `add_token` are not in it."""
+        stats = self._draft_stats
+        return {
+            "num_drafts": stats.num_drafts,
+            "num_draft_tokens": stats.num_draft_tokens,
+            "num_accepted_tokens": stats.num_accepted_tokens,
+            "num_accepted_tokens_per_pos": stats.num_accepted_tokens_per_pos,
+            "mean_accepted_length": round(stats.mean_accepted_length, 4),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -205,6 +205,7 @@ class Generation(Body):
     request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
+    return_spec_stats: bool | None = False
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Generation:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.api.generation import ClientGoneError, client_gone, while_connected
+from octavo.api.generation import ClientGoneError, Usage, client_gone, while_connected
 from octavo.api.live import Body, LiveStream
 
 # The ASGI extension by which a server offers a `Body`: its scope's entry of this name.
@@ -36,6 +36,17 @@ def make_event(*, has_usage_key: bool, **fixed: Any) -> Event:
         return head + _encode(choices) + tail
 
     return event
+
+
+def last_event(
+    make: Callable[..., Event], usage: Usage, *, has_usage: bool, has_spec_stats: bool
+) -> bytes:
+    """What a stream ends with: a chunk without choices of what was asked for of the whole answer,
+    if anything was. ``make``: as `make_event`, of the fields that the chunk has besides."""
+    if not (has_usage or has_spec_stats):
+        return DONE
+    event = make(spec_stats=usage.spec_stats) if has_spec_stats else make()
+    return event([], usage.as_dict() if has_usage else None) + DONE
 
 
 class ShortForm:

@@ -6,6 +6,7 @@ Knows tokens, text and when to end a request; knows nothing of HTTP, JSON or sch
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -35,6 +36,45 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftStats:
+    """What speculation did for a choice, or for several; all zero without it."""
+
+    num_drafts: int = 0  # steps that verified drafts
+    num_draft_tokens: int = 0
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(self.num_accepted_tokens_per_pos)
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens that a step with drafts yielded, the one drawn without their help included."""
+        return 1.0 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 0.0
+
+    def __add__(self, other: DraftStats) -> DraftStats:
+        mine, more = self.num_accepted_tokens_per_pos, other.num_accepted_tokens_per_pos
+        return DraftStats(
+            num_drafts=self.num_drafts + other.num_drafts,
+            num_draft_tokens=self.num_draft_tokens + other.num_draft_tokens,
+            num_accepted_tokens_per_pos=tuple(
+                a + b for a, b in itertools.zip_longest(mine, more, fillvalue=0)
+            ),
+        )
+
+    @staticmethod
+    def of_step(drafts: tuple[int, int] | None) -> DraftStats:
+        """Of one step, as `EngineOutput.drafts` tells it."""
+        if drafts is None:
+            return DraftStats()
+        num_tokens, num_accepted = drafts
+        per_pos = (1,) * num_accepted + (0,) * (num_tokens - num_accepted)
+        return DraftStats(
+            num_drafts=1, num_draft_tokens=num_tokens, num_accepted_tokens_per_pos=per_pos
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceDelta:
     """What is new of one choice. `token_ids`, `logprobs` (if asked for) and `text_offsets` run in
     parallel; `text` may lag behind them (held back) and never shows the token that ended it."""
@@ -48,6 +88,7 @@ class ChoiceDelta:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    drafts: tuple[int, int] | None = None  # verified and accepted, in the step behind this
 
     @property
     def is_empty(self) -> bool:
@@ -110,6 +151,7 @@ class ChoiceReader:
             num_cached_tokens=output.num_cached_tokens,
             finish_reason=finish_reason,
             stop_reason=end,
+            drafts=output.drafts,
         )
 
     def _due_prompt_logprobs(self, output: EngineOutput) -> tuple[TokenLogprobs, ...] | None:
@@ -154,6 +196,7 @@ class ChoiceResult:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    draft_stats: DraftStats = DraftStats()
     _pieces: list[str] = field(default_factory=list)
 
     def add(self, delta: ChoiceDelta) -> None:
@@ -162,6 +205,8 @@ class ChoiceResult:
         self.logprobs += delta.logprobs
         self.text_offsets += delta.text_offsets
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        if delta.drafts is not None:
+            self.draft_stats += DraftStats.of_step(delta.drafts)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         if delta.finish_reason is not None:

@@ -7,7 +7,7 @@ from octavo.types import EngineOutput, FinishReason, TokenLogprobs
 
 # One output is made per running request and step; its own __new__ takes twice as long.
 _new = tuple.__new__
-assert len(EngineOutput._fields) == 10, "of_running() knows other fields"
+assert len(EngineOutput._fields) == 11, "of_running() knows other fields"
 
 
 def of_running(
@@ -15,9 +15,10 @@ def of_running(
     tokens: tuple[int, ...],
     logprobs: tuple[TokenLogprobs, ...],
     prompt_logprobs: tuple[TokenLogprobs, ...],
+    drafts: tuple[int, int] | None = None,
 ) -> EngineOutput:
     """News of a request that goes on."""
-    rest = (request.num_cached_tokens, None, None, None, False, None)
+    rest = (request.num_cached_tokens, None, None, None, False, None, drafts)
     return _new(EngineOutput, (request.request_id, tokens, logprobs, prompt_logprobs, *rest))
 
 
@@ -30,6 +31,7 @@ def of_ended(
     logprobs: tuple[TokenLogprobs, ...] = (),
     prompt_logprobs: tuple[TokenLogprobs, ...] = (),
     error: str | None = None,
+    drafts: tuple[int, int] | None = None,
 ) -> EngineOutput:
     """The last news of a request."""
     return EngineOutput(
@@ -42,6 +44,7 @@ def of_ended(
         stop_reason=request.stop_reason,
         error=error,
         times=request.times(finished=now),
+        drafts=drafts,
     )
 
 

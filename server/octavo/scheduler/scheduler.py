@@ -174,6 +174,7 @@ class Scheduler:
         outputs = self._fail(output.errors, now=now) if output.errors else []
         self._inflight.popleft()
         sampled, logprobs = output.sampled_token_ids, output.logprobs
+        verified = output.num_draft_tokens
         chunks = output.prompt_logprobs
         num_generated = 0
         self._planner.num_drafts = min(output.num_drafts_wanted, self._max_drafts)
@@ -193,8 +194,11 @@ class Scheduler:
                 tokens = sampled.get(request_id, ())
                 scores = logprobs.get(request_id, ()) if logprobs else ()
                 assert 1 <= len(tokens) <= 1 + drafts, f"{request_id}: {len(tokens)} tokens"
+                told: tuple[int, int] | None = None
                 if drafts:
                     self._take_back(request, 1 + drafts - len(tokens))
+                    if request_id in verified:
+                        told = verified[request_id], len(tokens) - 1
                 reason = request.append(tokens[0])
                 for taken in range(1, len(tokens)):
                     if reason is not None:
@@ -206,9 +210,10 @@ class Scheduler:
                 if request.first_token_time == 0.0:
                     request.first_token_time = now
                 if reason is None:
-                    outputs.append(news.of_running(request, tokens, scores, prompt_logprobs))
+                    running = news.of_running(request, tokens, scores, prompt_logprobs, told)
+                    outputs.append(running)
                 else:
-                    ended = self._end(request, reason, tokens, scores, prompt_logprobs, now)
+                    ended = self._end(request, reason, tokens, scores, prompt_logprobs, now, told)
                     outputs.append(ended)
             elif prompt_logprobs:
                 outputs.append(news.of_running(request, (), (), prompt_logprobs))
@@ -295,6 +300,7 @@ class Scheduler:
         logprobs: tuple[TokenLogprobs, ...],
         prompt_logprobs: tuple[TokenLogprobs, ...],
         now: float,
+        drafts: tuple[int, int] | None = None,
     ) -> EngineOutput:
         if request.status is Status.RUNNING:
             # Steps already collected computed all known tokens but the last: let them be found.
@@ -309,6 +315,7 @@ class Scheduler:
             tokens=tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            drafts=drafts,
         )
 
     def _fail(self, errors: Mapping[str, str], *, now: float) -> list[EngineOutput]:

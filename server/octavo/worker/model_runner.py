@@ -39,6 +39,7 @@ class _Results:
     logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    num_drafts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -116,6 +117,7 @@ class ModelRunner:
             prompt_logprobs=results.prompt_logprobs,
             errors=results.errors,
             damaged_blocks=loads.damaged(),
+            num_draft_tokens=results.num_drafts,
             num_drafts_wanted=self._drafter.num_wanted,
             worker=self._drafter.take_stats(),
         )
@@ -173,6 +175,8 @@ class ModelRunner:
         results.logprobs |= found.logprobs
         results.prompt_logprobs |= found.prompt_logprobs
         results.errors |= found.errors
+        if drafts:
+            results.num_drafts |= {n: len(drafts[n]) for n in found.tokens if n in drafts}
         return None
 
     def _compute(self, batch: InputBatch) -> _Results:
