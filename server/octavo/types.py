@@ -165,7 +165,11 @@ class WorkerStats:
     accepted_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
     draft_seconds_saved: float = 0.0  # beside the same tokens without drafts; below 0 = lost
+    draft_seconds_without: float = 0.0  # what steps that sought drafts would have taken without
+    drafting_seconds: float = 0.0  # spent on finding drafts
+    speculation_gain: float | None = None  # throughput of the last minute beside none, less 1
     speculation_switched_off: int = 0  # times that it did not pay
+    speculation_guarded: int = 0  # of those, times that a minute would else have lost too much
     failed_proposers: int = 0  # requests that go on without drafts
 
 

@@ -14,6 +14,14 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from octavo import __version__
+from octavo.observability.buckets import (
+    HOST,
+    HTTP,
+    LATENCY,
+    STEP_TOKENS,
+    TOKEN,
+    TTFT,
+)
 from octavo.observability.series import GroupedHistogram, Series, series_of
 from octavo.types import (
     EngineInfo,
@@ -26,64 +34,6 @@ from octavo.types import (
 )
 
 _ENGINE_LABELS = ("model_name", "engine")
-
-_TTFT: tuple[float, ...] = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-)
-_TTFT += (10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
-_TOKEN: tuple[float, ...] = (
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1.0,
-    2.5,
-    5.0,
-    7.5,
-)
-_TOKEN += (10.0, 20.0, 40.0, 80.0)
-_LATENCY: tuple[float, ...] = (
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-)
-_LATENCY += (120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
-_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_HOST = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
-_HTTP = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +74,7 @@ TABLE: Mapping[str, Row] = {
     "vllm:prompt_tokens_by_source": _counter("Prompt tokens by where they came from.", "source"),
     "vllm:generation_tokens": _counter("Generated tokens."),
     "vllm:request_success": _counter("Requests that ended, by reason.", "finished_reason"),
-    "vllm:iteration_tokens_total": _histogram("Tokens per step.", _STEP_TOKENS),
+    "vllm:iteration_tokens_total": _histogram("Tokens per step.", STEP_TOKENS),
     "vllm:request_prompt_tokens": _histogram("Prompt tokens per request."),
     "vllm:request_generation_tokens": _histogram("Generated tokens per request."),
     "vllm:admission_rejections": _counter("Requests refused on arrival, by limit.", "reason"),
@@ -133,18 +83,18 @@ TABLE: Mapping[str, Row] = {
     "vllm:request_prefill_kv_computed_tokens": _histogram("Prompt tokens computed, not cached."),
     "vllm:request_params_n": _histogram("n of requests.", (1, 2, 5, 10, 20)),
     "vllm:request_num_preemptions": _histogram("Preemptions per request.", (0, 1, 2, 5, 10, 20)),
-    "vllm:time_to_first_token_seconds": _histogram("Arrival to first token.", _TTFT),
+    "vllm:time_to_first_token_seconds": _histogram("Arrival to first token.", TTFT),
     "vllm:inter_token_latency_seconds": Row(
-        kind=GroupedHistogram, help="Between two tokens of a request.", buckets=_TOKEN
+        kind=GroupedHistogram, help="Between two tokens of a request.", buckets=TOKEN
     ),
     "vllm:request_time_per_output_token_seconds": _histogram(
-        "Mean time per token after the first, per request.", _TOKEN
+        "Mean time per token after the first, per request.", TOKEN
     ),
-    "vllm:e2e_request_latency_seconds": _histogram("Arrival to end.", _LATENCY),
-    "vllm:request_queue_time_seconds": _histogram("Queued to first scheduled.", _LATENCY),
-    "vllm:request_inference_time_seconds": _histogram("First scheduled to last token.", _LATENCY),
-    "vllm:request_prefill_time_seconds": _histogram("First scheduled to first token.", _LATENCY),
-    "vllm:request_decode_time_seconds": _histogram("First token to last token.", _LATENCY),
+    "vllm:e2e_request_latency_seconds": _histogram("Arrival to end.", LATENCY),
+    "vllm:request_queue_time_seconds": _histogram("Queued to first scheduled.", LATENCY),
+    "vllm:request_inference_time_seconds": _histogram("First scheduled to last token.", LATENCY),
+    "vllm:request_prefill_time_seconds": _histogram("First scheduled to first token.", LATENCY),
+    "vllm:request_decode_time_seconds": _histogram("First token to last token.", LATENCY),
     "http_requests": Row(
         kind=Counter, help="HTTP requests.", labels=("handler", "method", "status")
     ),
@@ -152,7 +102,7 @@ TABLE: Mapping[str, Row] = {
         kind=Histogram,
         help="HTTP request to the end of its response.",
         labels=("handler", "method", "status"),
-        buckets=_HTTP,
+        buckets=HTTP,
     ),
     "octavo:kv_blocks": _gauge("K/V blocks: free, cached (reusable), owned by requests.", "state"),
     "octavo:kv_offload_usage_perc": _gauge("Share of the host tier in use; 1 is all."),
@@ -162,7 +112,7 @@ TABLE: Mapping[str, Row] = {
         "K/V blocks of the host tier that were not what had been saved, and computed anew."
     ),
     "octavo:kv_wasted_slots": _gauge("Token places allocated to running requests and not filled."),
-    "octavo:step_host_seconds": _histogram("Time per step outside the model.", _HOST),
+    "octavo:step_host_seconds": _histogram("Time per step outside the model.", HOST),
     "octavo:steps": _counter("Steps run."),
     "vllm:spec_decode_num_drafts": _counter("Times that a request got drafts."),
     "vllm:spec_decode_num_draft_tokens": _counter("Drafted tokens."),
@@ -173,6 +123,17 @@ TABLE: Mapping[str, Row] = {
     "octavo:spec_decode_switched_off": _counter("Times that drafting did not pay and was stopped."),
     "octavo:spec_decode_failed_proposers": _counter(
         "Requests that go on without drafts, whose proposer failed or was slow."
+    ),
+    "octavo:spec_decode_guarded": _counter(
+        "Times that drafting was stopped because a minute would else have lost more than 2 %."
+    ),
+    "octavo:spec_decode_gain": _gauge(
+        "Throughput of the last minute of steps beside that without drafts, less 1, as method auto "
+        "estimates it; guaranteed to be at least -0.03."
+    ),
+    "octavo:spec_decode_drafting_seconds": _counter("Time spent on finding drafts."),
+    "octavo:spec_decode_seconds_without": _counter(
+        "Time that the steps which sought drafts would have taken without, as estimated."
     ),
     "octavo:spec_decode_seconds_saved": _gauge(
         "Step time saved by drafts beside the same tokens without, as estimated; below 0 is lost."
@@ -408,6 +369,11 @@ class Metrics:
             ).inc(count)
         plain["octavo:spec_decode_switched_off"].inc(worker.speculation_switched_off)
         plain["octavo:spec_decode_failed_proposers"].inc(worker.failed_proposers)
+        plain["octavo:spec_decode_guarded"].inc(worker.speculation_guarded)
+        plain["octavo:spec_decode_drafting_seconds"].inc(worker.drafting_seconds)
+        plain["octavo:spec_decode_seconds_without"].inc(worker.draft_seconds_without)
+        if worker.speculation_gain is not None:
+            plain["octavo:spec_decode_gain"].set(worker.speculation_gain)
         self._seconds_saved += worker.draft_seconds_saved
         plain["octavo:spec_decode_seconds_saved"].set(self._seconds_saved)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from octavo.speculative.acceptance import Acceptance
 from octavo.speculative.base import Outlook
 from octavo.speculative.cost import StepCosts
+from octavo.speculative.last_minute import LastMinute
 from octavo.speculative.proposer import Proposal, Proposer
 from octavo.speculative.sources import DraftCounts, GuardedProposer
 from octavo.types import SchedulerOutput, WorkerStats
@@ -213,6 +214,7 @@ class AutoDrafter(_Counting):
         self.costs = StepCosts()
         self.acceptance = Acceptance()
         self.regime = Regime(self.counts)
+        self._last_minute = LastMinute()
         self._source = GuardedProposer(proposer, counts=self.counts, seconds=seconds)
         self._seconds = seconds
         self._max_drafts = max_drafts
@@ -346,13 +348,19 @@ class AutoDrafter(_Counting):
         self._source.extend(tokens)
         self.regime.pass_step(seconds + self._drafting)
         num_requests = num_tokens - sum(map(len, drafts.values()))
+        saved = 0.0
         if self._is_plain:
             # As it was expected before this step.
             expected = self.costs.of(num_requests).seconds(num_requests)
             self.costs.observe(num_requests, num_tokens, seconds)
             # Steps of a new kind too, which are slow: had it not been for drafts they were not new.
             if drafts or self._drafting:
-                self._account(tokens, expected, num_requests, seconds, has_drafts=bool(drafts))
+                without = seconds
+                if drafts:
+                    without = expected * sum(map(len, tokens.values())) / num_requests
+                saved = self._account(seconds + self._drafting, without)
+        if self._last_minute.add(seconds + self._drafting, saved):
+            self.counts.gain = self._last_minute.gain
         if not drafts:
             return
         self.counts.add(drafts, tokens)
@@ -365,19 +373,9 @@ class AutoDrafter(_Counting):
                     num_accepted=len(tokens[request_id]) - 1,
                 )
 
-    def _account(
-        self,
-        tokens: Mapping[str, Sequence[int]],
-        expected: float,
-        num_requests: int,
-        seconds: float,
-        *,
-        has_drafts: bool,
-    ) -> None:
-        took = seconds + self._drafting
-        without = seconds
-        if has_drafts:
-            without = expected * sum(map(len, tokens.values())) / num_requests
+    def _account(self, took: float, without: float) -> float:
+        """Of a step that sought drafts, and would have taken so long else; what that saved."""
         self.counts.seconds_saved += without - took
         self.counts.seconds_without += without
         self.regime.account(seconds=took, without=without)
+        return without - took

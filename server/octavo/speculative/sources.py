@@ -32,6 +32,7 @@ class DraftCounts:
     seconds_saved: float = 0.0
     seconds_without: float = 0.0
     seconds_drafting: float = 0.0
+    gain: float | None = None  # throughput of the last minute beside none, less 1; None = unknown
     num_switched_off: int = 0  # times that drafts did not pay
     num_guarded: int = 0  # of those, times that the guarantee called for it
     num_requests_failed: int = 0  # whose proposer raised
@@ -49,6 +50,10 @@ class DraftCounts:
             accepted_tokens=self.num_accepted_tokens - before.num_accepted_tokens,
             accepted_per_position=tuple(new - was for new, was in pairs),
             draft_seconds_saved=self.seconds_saved - before.seconds_saved,
+            draft_seconds_without=self.seconds_without - before.seconds_without,
+            drafting_seconds=self.seconds_drafting - before.seconds_drafting,
+            speculation_gain=self.gain,
+            speculation_guarded=self.num_guarded - before.num_guarded,
             speculation_switched_off=self.num_switched_off - before.num_switched_off,
             failed_proposers=failed - before.num_requests_failed - before.num_requests_slow,
         )
