@@ -335,6 +335,30 @@ def test_parameters_change_logits_as_on_the_cpu(dtype: torch.dtype) -> None:
     assert same_bits(got.cpu()[[1, 4]], logits[[1, 4]])
 
 
+def test_drafts_before_a_row_count_as_its_output() -> None:
+    """Rows of one slot behind 0 to 3 drafts, which complete a bad word, reach the minimum length
+    and are penalised; the counts stay what they were."""
+    vocab_size = 75
+    lists = request_params(4, vocab_size)
+    lists.token_ids[1, 10:14] = ints(6, 7, 3, 6)
+    params = to_gpu(lists, vocab_size)
+    logits = torch.randn(8, vocab_size)
+    rows, slots, drafts = ints(5, 0, 3, 2, 1, 6), ints(1, 1, 1, 1, 0, 3), ints(0, 1, 2, 3, 2, 1)
+    got, counts = logits.clone().to(DEVICE), params.counts.clone()
+    gpu_params.apply_logit_params(
+        got,
+        params=params,
+        rows=rows.to(DEVICE),
+        slots=slots.to(DEVICE),
+        num_drafts=drafts.to(DEVICE),
+    )
+    want = logits.clone()
+    sampling.apply_logit_params(want, params=lists, rows=rows, slots=slots, num_drafts=drafts)
+    assert same_bits(got.cpu(), want)
+    assert len({tuple(row) for row in (got - logits.to(DEVICE)).tolist()}) == 6
+    assert torch.equal(params.counts, counts)
+
+
 def test_a_grammar_forbids_what_its_mask_lacks() -> None:
     params = to_gpu(request_params(4, 75), 75)
     logits = torch.zeros(2, 75, device=DEVICE)

@@ -203,16 +203,16 @@ def apply_logit_params(
     rows, slots: [L] int32; no row twice. In order: allowed ids, bad words, minimum length and
     bias; then repetition penalty (over prompt and output), frequency and presence penalties (over
     output). num_drafts: [L] int32, so many tokens behind a slot's num_tokens are output too, as if
-    accepted (not on a GPU). There params are tables (`octavo_kernels.sampling.gpu_params`).
+    accepted. On a GPU params are tables (`octavo_kernels.sampling.gpu_params`).
     """
     if logits.is_cuda:
-        if num_drafts is not None:
-            raise ValueError("apply_logit_params on a GPU takes no num_drafts")
         from octavo_kernels.sampling import gpu_params  # here: Triton, as above
 
         if isinstance(params, LogitParams):
             raise ValueError("apply_logit_params on a GPU takes GpuLogitParams, got LogitParams")
-        gpu_params.apply_logit_params(logits, params=params, rows=rows, slots=slots)
+        gpu_params.apply_logit_params(
+            logits, params=params, rows=rows, slots=slots, num_drafts=num_drafts
+        )
         return
     if not isinstance(params, LogitParams):
         raise ValueError("apply_logit_params on a CPU takes LogitParams, got GpuLogitParams")

@@ -165,7 +165,12 @@ def extend(params: GpuLogitParams, *, slots: Tensor, tokens: Tensor) -> None:
 
 
 def apply_logit_params(
-    logits: Tensor, *, params: GpuLogitParams, rows: Tensor, slots: Tensor
+    logits: Tensor,
+    *,
+    params: GpuLogitParams,
+    rows: Tensor,
+    slots: Tensor,
+    num_drafts: Tensor | None = None,
 ) -> None:
     """Changes logits [S, V] in place: row rows[i] by the parameters of slot slots[i].
 
@@ -173,6 +178,8 @@ def apply_logit_params(
     The CPU op's order: allowed ids and grammar, bad words, minimum length and bias; then
     repetition, frequency and presence penalties. Computed in float32; logits of another dtype are
     rounded after the bias and after the penalties. Counts are those of `load_slots` and `extend`.
+    num_drafts: [L] int32, so many tokens behind a slot's num_tokens are output too, as if `extend`
+    had appended them.
     """
     op = "apply_logit_params"
     check_logits(op, logits)
@@ -182,6 +189,8 @@ def apply_logit_params(
     num_listed = rows.shape[0]
     check_column(op, logits, "rows", rows, torch.int32, num_listed)
     check_column(op, logits, "slots", slots, torch.int32, num_listed)
+    if num_drafts is not None:
+        check_column(op, logits, "num_drafts", num_drafts, torch.int32, num_listed)
     lists = params.lists
     launch(
         edit_rows,
@@ -189,6 +198,7 @@ def apply_logit_params(
         logits,
         rows,
         slots,
+        num_drafts,
         *_edits(lists),
         num_rows,
         params.num_slots,
@@ -205,6 +215,9 @@ def apply_logit_params(
         logits,
         rows,
         slots,
+        num_drafts,
+        lists.token_ids,
+        lists.num_tokens,
         lists.repetition_penalty,
         lists.frequency_penalty,
         lists.presence_penalty,
@@ -215,6 +228,7 @@ def apply_logit_params(
         params.grammar,
         num_rows,
         params.num_slots,
+        lists.token_ids.shape[1],
         VOCAB=vocab_size,
         WORDS=params.allowed.shape[1],
         NUM_TILES=tiles,

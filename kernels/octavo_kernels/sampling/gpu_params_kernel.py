@@ -22,9 +22,10 @@ def _part(starts_ptr, slot, capacity):
 
 
 @triton.jit
-def _lengths(num_prompt_ptr, num_tokens_ptr, slot, max_tokens):
-    """Tokens of a slot's prompt, and of prompt and output."""
-    num_tokens = tl.minimum(tl.maximum(tl.load(num_tokens_ptr + slot), 0), max_tokens)
+def _lengths(num_prompt_ptr, num_tokens_ptr, slot, max_tokens, num_drafts=0):
+    """Tokens of a slot's prompt, and of prompt and output, its drafts included."""
+    num_tokens = tl.maximum(tl.load(num_tokens_ptr + slot), 0) + num_drafts
+    num_tokens = tl.minimum(num_tokens, max_tokens)
     return tl.minimum(tl.maximum(tl.load(num_prompt_ptr + slot), 0), num_tokens), num_tokens
 
 
@@ -167,6 +168,7 @@ def edit_rows(
     logits_ptr,  # [S, V], changed
     rows_ptr,  # [L] int32
     slots_ptr,  # [L] int32
+    num_drafts_ptr,  # [L] int32, tokens behind a slot's that are output too; None: no entry has any
     token_ids_ptr,  # [N, max_tokens] int32
     num_prompt_ptr,  # [N] int32
     num_tokens_ptr,  # [N] int32
@@ -194,7 +196,12 @@ def edit_rows(
     lanes = tl.arange(0, BLOCK)
     row_ptr = logits_ptr + row * VOCAB
     if (row >= 0) & (row < num_rows) & (slot >= 0) & (slot < num_slots):
-        num_prompt, num_tokens = _lengths(num_prompt_ptr, num_tokens_ptr, slot, max_tokens)
+        num_drafts = 0
+        if num_drafts_ptr is not None:
+            num_drafts = tl.maximum(tl.load(num_drafts_ptr + tl.program_id(0)), 0)
+        num_prompt, num_tokens = _lengths(
+            num_prompt_ptr, num_tokens_ptr, slot, max_tokens, num_drafts
+        )
         first, end = _part(bad_starts_ptr, slot, bad_capacity)
         output_ptr = token_ids_ptr + slot * max_tokens + num_prompt
         _forbid_bad_words(
@@ -232,6 +239,9 @@ def penalise_rows(
     logits_ptr,  # [S, V], changed
     rows_ptr,  # [L] int32
     slots_ptr,  # [L] int32
+    num_drafts_ptr,  # [L] int32, tokens behind a slot's that are output too; None: no entry has any
+    token_ids_ptr,  # [N, max_tokens] int32
+    num_tokens_ptr,  # [N] int32
     repetition_ptr,  # [N] float32
     frequency_ptr,  # [N] float32
     presence_ptr,  # [N] float32
@@ -242,6 +252,7 @@ def penalise_rows(
     grammar_ptr,  # [N, WORDS] int32
     num_rows,
     num_slots,
+    max_tokens,
     VOCAB: tl.constexpr,
     WORDS: tl.constexpr,
     NUM_TILES: tl.constexpr,
@@ -255,8 +266,8 @@ def penalise_rows(
         repetition = tl.load(repetition_ptr + slot)
         frequency = tl.load(frequency_ptr + slot)
         presence = tl.load(presence_ptr + slot)
-        first = tl.load(allowed_starts_ptr + slot)
-        has_allowed = tl.load(allowed_starts_ptr + slot + 1) > first
+        allowed = tl.load(allowed_starts_ptr + slot)
+        has_allowed = tl.load(allowed_starts_ptr + slot + 1) > allowed
         has_grammar = tl.load(has_grammar_ptr + slot) != 0
         penalised = (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0)
         if penalised | has_allowed | has_grammar:
@@ -265,6 +276,13 @@ def penalise_rows(
             x = tl.load(at, mask=token < VOCAB, other=0.0).to(tl.float32)
             if penalised:
                 count = tl.load(counts_ptr + slot * VOCAB + token, mask=token < VOCAB, other=0)
+                if num_drafts_ptr is not None:
+                    first = tl.maximum(tl.load(num_tokens_ptr + slot), 0)
+                    last = first + tl.load(num_drafts_ptr + entry)
+                    while first < tl.minimum(last, max_tokens):
+                        draft = tl.load(token_ids_ptr + slot * max_tokens + first)
+                        count += tl.where(token == draft, 2, 0)
+                        first += 1
                 if repetition != 1.0:
                     repeated = tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition)
                     x = tl.where(count != 0, repeated, x)
