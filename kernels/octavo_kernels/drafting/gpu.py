@@ -77,12 +77,12 @@ def accept(
 ) -> None:
     """Appends to each row what was drawn for it, up to the first token that is not the draft there.
 
-    sample_rows [S] int32: a row's samples lie side by side, the first is of the token behind its
-    num_tokens, each of the others of the one behind the draft that lies there in token_table [N, L].
-    tokens [S] int64; a negative one ends its row's run, as it could not be drawn. Of num_tokens [N]
-    and counts [N, V] (2 for each time in the output) the rows' are brought up to date. num_drawn [S]:
-    out, tokens appended, at the first sample of each row, and 0 at all others. A row has at most
-    1 + max_drafts samples. All but tokens are int32. Raises ValueError for other dtypes or shapes.
+    sample_rows [S]: a row's samples lie side by side, 1 + max_drafts of them at most. The first is
+    of the token behind its num_tokens [N], each other one of the token behind the draft that lies
+    there in token_table [N, L]. tokens [S] int64; a negative one could not be drawn and ends its
+    row's run. num_tokens and counts [N, V], 2 for each time in the output, are brought up to date.
+    num_drawn [S]: out, tokens appended, at the first sample of each row; 0 at all others.
+    All but tokens are int32. Raises ValueError for other dtypes or shapes.
     """
     num_samples = sample_rows.shape[0]
     _check_column("sample_rows", sample_rows, num_samples, torch.int32, beside=sample_rows)
@@ -108,9 +108,7 @@ def accept(
 def _check_table(token_table: Tensor, num_tokens: Tensor) -> None:
     if token_table.dtype != torch.int32 or token_table.dim() != 2 or token_table.stride(1) != 1:
         raise _refusal("token_table", token_table, "int32 [N, L] without gaps in its rows")
-    _check_column(
-        "num_tokens", num_tokens, token_table.shape[0], torch.int32, beside=token_table
-    )
+    _check_column("num_tokens", num_tokens, token_table.shape[0], torch.int32, beside=token_table)
 
 
 def _check_column(

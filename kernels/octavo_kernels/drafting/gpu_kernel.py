@@ -1,5 +1,5 @@
-"""Triton kernels that look drafts up in rows of tokens, and keep those that were drawn. Know rows of
-a table, no request.
+"""Triton kernels that look drafts up in rows of tokens, and keep those that were drawn. Know rows
+of a table, no request.
 
 Pointers without "_ptr" may have any alignment: views of one upload start where they start.
 """

@@ -45,16 +45,13 @@ def _propose_inputs(
     return {name: tensor.to(device) for name, tensor in found.items()}
 
 
-_LENGTHS = {"min_length": 2, "max_length": 5}
-
-
 def _propose(**inputs: Any) -> tuple[Tensor, ...]:
-    propose(**inputs, **_LENGTHS)
+    propose(**inputs, min_length=2, max_length=5)
     return (inputs["num_found"],)
 
 
 def _propose_reference(**inputs: Any) -> tuple[Tensor, ...]:
-    propose_reference(**inputs, **_LENGTHS)
+    propose_reference(**inputs, min_length=2, max_length=5)
     return (inputs["num_found"],)
 
 

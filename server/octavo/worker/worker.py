@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from octavo.worker.sizing import CachePlan
 
 _log = logging.getLogger(__name__)
-_NO_SPECULATION = SpeculativeConfig(method="off")
 
 
 class _Phases:
@@ -71,6 +70,7 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
     startup.warm(runner, plan=plan, block_size=config.cache.block_size, block_kinds=kinds)
     phases.end("warm")
     scheduler = config.scheduler
+    speculative = SpeculativeConfig.from_json(scheduler.speculative_config)
     info = _info(
         config,
         files=files,
@@ -82,7 +82,8 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
             scheduler.max_num_batched_tokens, max_num_seqs=scheduler.max_num_seqs
         ),
         num_threads=num_threads,
-        speculative=SpeculativeConfig.from_json(config.scheduler.speculative_config),
+        max_drafts=0 if speculative.method == "off" else speculative.num_speculative_tokens,
+        speculation=speculative.method,
         phases=phases,
     )
     return (ThreadExecutor if scheduler.async_scheduling else InlineExecutor)(runner), info
@@ -94,6 +95,7 @@ def _on_gpu(
     from octavo.checkpoint import resolve
     from octavo.worker.gpu import startup
     from octavo.worker.gpu.executor import GpuExecutor
+    from octavo.worker.gpu.lookup import speculation_of
 
     phases.end("import")
     files = resolve(config.model)
@@ -120,6 +122,8 @@ def _on_gpu(
         device=device.name,
         dtypes=(plan.memory.sizes.dtype, plan.memory.cache_dtype),
         max_num_batched_tokens=plan.memory.sizes.max_num_tokens,
+        max_drafts=plan.memory.sizes.max_drafts,
+        speculation=speculation_of(config.scheduler).method,
         phases=phases,
     )
     return GpuExecutor(runner), info
@@ -136,7 +140,8 @@ def _info(
     phases: _Phases,
     quantization: str = "none",
     num_threads: int = 0,
-    speculative: SpeculativeConfig = _NO_SPECULATION,
+    max_drafts: int,
+    speculation: str,
 ) -> EngineInfo:
     """What was decided, for the front end and for whoever reads the start-up lines.
 
@@ -160,8 +165,8 @@ def _info(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         num_threads=num_threads,
-        max_drafts=0 if speculative.method == "off" else speculative.num_speculative_tokens,
-        speculation=speculative.method,
+        max_drafts=max_drafts,
+        speculation=speculation,
         eos_token_ids=files.spec.eos_token_ids,
         phases=phases.seconds,
     )

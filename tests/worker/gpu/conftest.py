@@ -5,17 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from octavo.checkpoint import resolve
 from octavo.config import ModelConfig
 from octavo.models import Model, kv_cache_spec, load_model
 from octavo.platforms.gpu import GPUPlatform
+from octavo.worker.gpu import sampler, scores
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers, StepSizes
+from octavo.worker.gpu.draft_planner import NO_DRAFTS, DraftPlanner
 from octavo.worker.gpu.graphs import GraphSizes, StepGraphs
+from octavo.worker.gpu.lookup import PromptLookup
 from octavo.worker.gpu.runner import GpuRunner
 from octavo.worker.gpu.runtime import CudaRuntime, Graph, HostRuntime, Runtime
 from octavo.worker.gpu.sampler import GpuSampler
@@ -23,6 +28,8 @@ from octavo.worker.gpu.scores import PromptScorer
 from octavo.worker.gpu.table import GpuRequestTable
 from octavo.worker.gpu.upload import Upload, upload_words
 from octavo.worker.kv_tensors import KVTensors
+from octavo_kernels import sampling
+from octavo_kernels.sampling import TopLogprobs
 from octavo_kernels.testing import gpu_device
 
 DEVICE = gpu_device()
@@ -97,6 +104,7 @@ def make_engine(gpu_model: Model) -> Callable[..., Engine]:
         runtime: Runtime | None = None,
         graph_sizes: GraphSizes | None = None,
         num_words: int | None = None,
+        planner: DraftPlanner = NO_DRAFTS,
         **changed: int,
     ) -> Engine:
         model = using or gpu_model
@@ -125,9 +133,33 @@ def make_engine(gpu_model: Model) -> Callable[..., Engine]:
             scorer=PromptScorer(arena.view("token_ids"), logits=buffers.logits, runtime=runtime),
             kv=kv,
             graphs=graphs,
+            lookup=PromptLookup(arena, min_length=2, max_length=5) if sizes.max_drafts else None,
+            planner=planner,
         )
         return Engine(
             runner=runner, buffers=buffers, arena=arena, table=table, graphs=graphs, kv=kv
         )
 
     return make
+
+
+@pytest.fixture
+def quick_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are drawn and scored by the CPU's ops, which give the same for the same logits and
+    need no interpreter."""
+
+    def sample(
+        logits: Tensor, *, workspace: Any, out: tuple[Tensor, Tensor], **columns: Any
+    ) -> Any:
+        on_cpu = {name: column.cpu() for name, column in columns.items()}
+        for mine, found in zip(out, sampling.sample(logits.cpu(), **on_cpu), strict=True):
+            mine.copy_(found)
+        return out
+
+    def topn_logprobs(logits: Tensor, *, chosen: Tensor, num_best: int) -> TopLogprobs:
+        tokens = chosen.cpu().clamp(min=0)
+        found = sampling.topn_logprobs(logits.cpu(), chosen=tokens, num_best=num_best)
+        return TopLogprobs(**{n: getattr(found, n).to(DEVICE) for n in TopLogprobs.__slots__})
+
+    monkeypatch.setattr(sampler, "sample", sample)
+    monkeypatch.setattr(scores, "topn_logprobs", topn_logprobs)

@@ -173,7 +173,7 @@ def test_graphs_launch_what_is_listed(context: int) -> None:
     spec = parse_config({**QWEN3, "max_position_embeddings": context})
     _, graphs, plan = _engine(spec)
     assert plan.graphs == GraphSizes.of((1, 2, 8, 64, 256, 512), 256, 8192)
-    keys = [*plan.graphs.keys(), *plan.graphs.shared_keys()]
+    keys = [*plan.graphs.keys(), *plan.graphs.late_keys()]
     with collecting() as found:
         for key in keys:
             graphs.run_blank(key)

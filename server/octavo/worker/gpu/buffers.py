@@ -6,6 +6,7 @@ They lie at addresses that never change, so that a captured graph reads and writ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,18 @@ from torch import Tensor
 from octavo.attention.base import AttentionMetadata
 
 _ALIGNMENT = 4  # words: kernels are compiled for pointers to multiples of 16 bytes
+# Tokens drawn in a step of drafts: beyond it a step is bound by arithmetic, where none pays.
+_MOST_SAMPLES = 512
 
 
 def padded(num_words: int) -> int:
     """Words that a part of an upload takes, so that the next one starts at 16 bytes again."""
     return -(-num_words // _ALIGNMENT) * _ALIGNMENT
+
+
+def max_samples(max_num_seqs: int, max_drafts: int) -> int:
+    """Tokens drawn in a step: one for each request, and behind drafts where there is room."""
+    return max(max_num_seqs, min(max_num_seqs * (1 + max_drafts), _MOST_SAMPLES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +40,11 @@ class StepSizes:
     hidden_size: int
     vocab_size: int
     dtype: torch.dtype  # of activations
+    max_drafts: int = 0  # of a request in a step; 0 = no speculation
+
+    @property
+    def max_samples(self) -> int:
+        return max_samples(self.max_num_seqs, self.max_drafts)
 
     @property
     def max_blocks(self) -> int:
@@ -45,24 +58,32 @@ class BatchWords:
 
     Unused places, for graphs that are captured for larger batches: row and slots -1, lengths 0,
     query_start_loc the number of tokens, sampled token place 0.
+
+    Where there is speculation the device alone knows how many tokens a request has. So of requests
+    that draw, seq_lens is ~d, and the position of the sample behind i drafts is ~i: d and i more
+    than the row's tokens, which `GpuDrafts.propose` replaces before anything reads them.
     """
 
     rows: Tensor  # [R] of the request table
     query_start_loc: Tensor  # [R + 1]
     seq_lens: Tensor  # [R]
-    sample_tokens: Tensor  # [R]: place in [0, T) of the token after which one is drawn
-    sample_rows: Tensor  # [R] of the request table
-    sample_positions: Tensor  # [R]: index of the token to draw in its request
+    sample_tokens: Tensor  # [S]: place in [0, T) of the token after which one is drawn
+    sample_rows: Tensor  # [S] of the request table; a request's samples lie side by side
+    sample_positions: Tensor  # [S]: index of the token to draw in its request
 
     @staticmethod
-    def num_words(max_num_seqs: int) -> int:
-        return 5 * padded(max_num_seqs) + padded(max_num_seqs + 1)
+    def num_words(max_num_seqs: int, *, max_samples: int | None = None) -> int:
+        """``max_samples``: S, where it is not R."""
+        num_samples = max_samples or max_num_seqs
+        return 2 * padded(max_num_seqs) + padded(max_num_seqs + 1) + 3 * padded(num_samples)
 
     @classmethod
-    def of(cls, words: Tensor, *, max_num_seqs: int) -> BatchWords:
-        """Views of the first ``num_words(max_num_seqs)`` of words, host's or device's."""
+    def of(cls, words: Tensor, *, max_num_seqs: int, max_samples: int | None = None) -> BatchWords:
+        """Views of the first ``num_words(max_num_seqs, ...)`` of words, host's or device's."""
         sizes = dict.fromkeys(cls.__slots__, max_num_seqs)
         sizes["query_start_loc"] += 1
+        if max_samples is not None:
+            sizes |= dict.fromkeys(_OF_SAMPLES, max_samples)
         parts, at = {}, 0
         for name, size in sizes.items():
             parts[name] = words[at : at + size]
@@ -70,14 +91,42 @@ class BatchWords:
         return cls(**parts)
 
 
-def split_results(results: Tensor, *, max_num_seqs: int) -> tuple[Tensor, Tensor]:
-    """Tokens [R] int64 and status [R] int32 of `StepBuffers.results`, or of a copy of it."""
-    return results[: 2 * max_num_seqs].view(torch.int64), results[padded(2 * max_num_seqs) :]
+_OF_SAMPLES = ("sample_tokens", "sample_rows", "sample_positions")
+
+
+class Results(NamedTuple):
+    """What a step tells the host: parts of one tensor of words, the device's or a copy of it."""
+
+    tokens: Tensor  # [S] int64
+    status: Tensor  # [S] int32
+    # With speculation, else [0]: tokens that a request got, at the first of its samples.
+    num_drawn: Tensor  # [S] int32
+    num_found: Tensor  # [R] int32, of a request's drafts those that were looked up
+
+    @staticmethod
+    def num_words(sizes: StepSizes) -> int:
+        of_drafts = padded(sizes.max_samples) + sizes.max_num_seqs if sizes.max_drafts else 0
+        return padded(2 * sizes.max_samples) + padded(sizes.max_samples) + of_drafts
+
+    @classmethod
+    def of(cls, words: Tensor, *, sizes: StepSizes) -> Results:
+        """Views of the first ``num_words(sizes)`` of words."""
+        num_samples, has_drafts = sizes.max_samples, bool(sizes.max_drafts)
+        status = padded(2 * num_samples)
+        drawn = status + padded(num_samples)
+        found = drawn + padded(num_samples)
+        return cls(
+            tokens=words[: 2 * num_samples].view(torch.int64),
+            status=words[status : status + num_samples],
+            num_drawn=words[drawn : drawn + num_samples * has_drafts],
+            num_found=words[found : found + sizes.max_num_seqs * has_drafts],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBuffers:
-    """Device tensors of a step. T and R are the engine's bounds; a step uses the first of each."""
+    """Device tensors of a step. T, R and S (samples) are the engine's bounds; a step uses the first
+    of each."""
 
     sizes: StepSizes
     words: Tensor  # int32: `batch`, then whatever else this step uploads
@@ -87,36 +136,44 @@ class StepBuffers:
     slots: Tensor  # [T] int32, -1 = keep no K/V
     block_tables: Tensor  # [R, max_blocks] int32, in the order of the batch
     hidden: Tensor  # [T, D]
-    logits: Tensor  # [R, V] float32
-    results: Tensor  # int32: `sampled`, then `status`; one copy brings both to the host
-    sampled: Tensor  # [R] int64
-    status: Tensor  # [R] int32
+    logits: Tensor  # [S, V] float32
+    results: Tensor  # int32: what `found` are views of; one copy brings all to the host
+    found: Results
 
     @classmethod
     def create(cls, sizes: StepSizes, *, num_words: int, device: torch.device) -> StepBuffers:
         """``num_words``: the largest upload, batch included."""
         num_tokens, num_requests = sizes.max_num_tokens, sizes.max_num_seqs
+        num_samples = sizes.max_samples
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         words = ints(num_words)
-        results = ints(padded(2 * num_requests) + num_requests)
-        sampled, status = split_results(results, max_num_seqs=num_requests)
+        results = ints(Results.num_words(sizes))
         return cls(
             sizes=sizes,
             words=words,
-            batch=BatchWords.of(words, max_num_seqs=num_requests),
+            batch=BatchWords.of(words, max_num_seqs=num_requests, max_samples=num_samples),
             token_ids=ints(num_tokens),
             positions=ints(num_tokens),
             slots=ints(num_tokens),
             block_tables=ints(num_requests, sizes.max_blocks),
             hidden=torch.zeros(num_tokens, sizes.hidden_size, dtype=sizes.dtype, device=device),
-            logits=torch.zeros(num_requests, sizes.vocab_size, device=device),
+            logits=torch.zeros(num_samples, sizes.vocab_size, device=device),
             results=results,
-            sampled=sampled,
-            status=status,
+            found=Results.of(results, sizes=sizes),
         )
+
+    @property
+    def sampled(self) -> Tensor:
+        """[S] int64."""
+        return self.found.tokens
+
+    @property
+    def status(self) -> Tensor:
+        """[S] int32."""
+        return self.found.status
 
     def blank_batch(self) -> None:
         """Makes all of the batch padding, as if a step of no request had been uploaded."""

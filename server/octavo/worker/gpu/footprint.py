@@ -256,7 +256,7 @@ def _temporary(steps: _Steps, *, max_logprobs: int, memory: CachingAllocator) ->
 def _graphs(steps: _Steps, graphs: GraphSizes) -> list[Part]:
     """Memory that captured graphs share, and the graphs. How well they share depends on the order
     of capture, which is that of need: the worse of two."""
-    keys = [*graphs.keys(), *graphs.shared_keys()]
+    keys = [*graphs.keys(), *graphs.late_keys()]
     reserved = []
     for order in (keys, keys[::-1]):
         pool = CachingAllocator()

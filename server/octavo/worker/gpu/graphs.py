@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from octavo.config import SchedulerConfig
 from octavo.types import WorkerStats
-from octavo.worker.gpu.buffers import StepBuffers
+from octavo.worker.gpu.buffers import StepBuffers, max_samples
+from octavo.worker.gpu.lookup import max_drafts_of
 from octavo.worker.gpu.runtime import Graph, Runtime
 from octavo_kernels.compile_count import num_compiled
 
@@ -34,8 +35,9 @@ class ForwardKey:
     """Step inputs, embedding, layers and final norm for num_tokens, into ``hidden``."""
 
     num_tokens: int
-    is_decode: bool  # every request has one token
+    is_decode: bool  # every request has one token, and num_drafts at most
     shares_prefixes: bool = False  # what requests begin with in common is read once
+    num_drafts: int = 0
 
     def num_requests(self, max_num_seqs: int) -> int:
         """The graph's bound on requests; places that a batch leaves unused are padding."""
@@ -43,7 +45,7 @@ class ForwardKey:
 
     @property
     def max_query_len(self) -> int:
-        return 1 if self.is_decode else self.num_tokens
+        return 1 + self.num_drafts if self.is_decode else self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,48 +66,94 @@ class GraphSizes:
     decode: tuple[int, ...] = ()
     mixed: tuple[int, ...] = ()
     sampling: tuple[int, ...] = ()
+    max_drafts: int = 0  # of a request
+    drafting: tuple[int, ...] = ()  # of steps that verify drafts
 
     @classmethod
     def configured(cls, config: SchedulerConfig, *, max_num_tokens: int) -> GraphSizes:
         """As the user wants it: none, these, or the default ones."""
         if config.enforce_eager:
             return cls()
+        max_drafts = max_drafts_of(config)
         if config.cudagraph_capture_sizes:
-            return cls.of(config.cudagraph_capture_sizes, config.max_num_seqs, max_num_tokens)
+            sizes = config.cudagraph_capture_sizes
+            return cls.of(sizes, config.max_num_seqs, max_num_tokens, max_drafts=max_drafts)
         return cls.default(
             max_num_seqs=config.max_num_seqs,
             max_num_tokens=max_num_tokens,
             largest=config.max_cudagraph_capture_size,
+            max_drafts=max_drafts,
         )
 
     @classmethod
     def default(
-        cls, *, max_num_seqs: int, max_num_tokens: int, largest: int | None = None
+        cls,
+        *,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        largest: int | None = None,
+        max_drafts: int = 0,
     ) -> GraphSizes:
         """Fine where a row more is a large part of the step. ``largest``: of any, default 512."""
         largest = 512 if largest is None else largest
         steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, largest + 1, 32)]
-        return cls.of([*(s for s in steps if s <= largest), largest], max_num_seqs, max_num_tokens)
+        wanted = [*(s for s in steps if s <= largest), largest]
+        return cls.of(wanted, max_num_seqs, max_num_tokens, max_drafts=max_drafts)
 
     @classmethod
-    def of(cls, sizes: Sequence[int], max_num_seqs: int, max_num_tokens: int) -> GraphSizes:
+    def of(
+        cls, sizes: Sequence[int], max_num_seqs: int, max_num_tokens: int, *, max_drafts: int = 0
+    ) -> GraphSizes:
         """The same for every kind, cut to what steps can have."""
-        most_rows = min(max_num_seqs, max_num_tokens)
         fits = sorted({size for size in sizes if 0 < size <= max_num_tokens})
-        rows = tuple(size for size in fits if size <= most_rows)
-        if fits and fits[-1] >= most_rows and most_rows not in rows:
-            rows = (*rows, most_rows)  # so that a full batch has its graph
+
+        def up_to(most: int) -> tuple[int, ...]:
+            found = tuple(size for size in fits if size <= most)
+            if fits and fits[-1] >= most and most not in found:
+                return (*found, most)  # so that a full batch has its graph
+            return found
+
+        rows = up_to(min(max_num_seqs, max_num_tokens))
         # A mixed batch has a request of more than one token beside others, or is a short prompt.
-        return cls(decode=rows, mixed=tuple(s for s in fits if s >= 8), sampling=rows)
+        mixed = tuple(s for s in fits if s >= 8)
+        if not max_drafts or not fits:
+            return cls(decode=rows, mixed=mixed, sampling=rows)
+        samples = up_to(min(max_samples(max_num_seqs, max_drafts), max_num_tokens))
+        # One request is the case that drafts are for: it is not padded.
+        drafting = {1 + max_drafts, *(size for size in samples if size > 1 and _is_coarse(size))}
+        return cls(
+            decode=rows,
+            mixed=mixed,
+            sampling=samples,
+            max_drafts=max_drafts,
+            drafting=tuple(sorted(size for size in drafting if size <= max_num_tokens)),
+        )
 
     @property
     def shared(self) -> tuple[int, ...]:
         """Of decode steps that share prefixes: fewer sizes, since rows are not what they read."""
-        return tuple(size for size in self.decode if size > 1 and size // (size & -size) in (1, 3))
+        return tuple(size for size in self.decode if size > 1 and _is_coarse(size))
 
-    def shared_keys(self) -> list[ForwardKey]:
-        """Captured only if steps ask for them: they would run without as well."""
-        return [ForwardKey(size, True, True) for size in self.shared]
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Bounds on a request's drafts that graphs are captured for, ascending."""
+        most = self.max_drafts
+        few = (depth for depth in (1, 3, 7, 15, 31) if 4 * depth < 3 * most)
+        return (*few, most) if most else ()
+
+    def drafting_of(self, depth: int) -> tuple[int, ...]:
+        """Tokens of steps whose requests have so many drafts at most, one of them at least."""
+        return tuple(size for size in self.drafting if size > depth)
+
+    def late_keys(self) -> list[ForwardKey]:
+        """Captured only if steps ask for them: many never do."""
+        shared = [ForwardKey(size, True, True) for size in self.shared]
+        drafting = [
+            ForwardKey(size, True, num_drafts=depth)
+            for depth in self.depths
+            for size in self.drafting_of(depth)
+        ]
+        return [*shared, *drafting]
 
     def keys(self) -> list[GraphKey]:
         """All of them; what a server needs first comes first."""
@@ -134,10 +182,10 @@ class StepGraphs:
         self._graphs: dict[GraphKey, Graph] = {}
         # In the order to be captured, last first: what steps asked for most recently is last.
         self._missing: dict[GraphKey, bool] = dict.fromkeys(reversed(sizes.keys()), False)
-        self._unasked: set[GraphKey] = set(sizes.shared_keys())
+        self._unasked: set[GraphKey] = set(sizes.late_keys())
         self._work_of: Callable[[GraphKey], Callable[[], None]] | None = None
         # What was asked for before: there are as many as a step has sizes.
-        self._forward_candidates: dict[tuple[int, bool, bool], list[ForwardKey]] = {}
+        self._forward_candidates: dict[tuple[int, bool, bool, int], list[ForwardKey]] = {}
         self._sampling_candidates: dict[int, list[SamplingKey]] = {}
         self._next_wanted_at = self._next_other_at = 0.0
         self._num_replayed = self._num_eager = self._num_captured = 0
@@ -157,16 +205,25 @@ class StepGraphs:
         return len(self._missing)
 
     def forward_key(
-        self, *, num_tokens: int, num_requests: int, is_decode: bool, shares_prefixes: bool = False
+        self,
+        *,
+        num_tokens: int,
+        num_requests: int,
+        is_decode: bool,
+        shares_prefixes: bool = False,
+        num_drafts: int = 0,
     ) -> ForwardKey | None:
         """The captured graph to run these on, padded to its size; None: run them as they are.
 
-        Requests that share prefixes get a graph without that until theirs is captured.
+        ``num_drafts``: where no request has more than so many tokens behind its first. Requests
+        that share prefixes get a graph without that until theirs is captured.
         """
         # With one token each there are as many requests; a mixed graph has room for no more.
         assert num_requests <= num_tokens
-        key = self._captured(self._candidates(num_tokens, is_decode, False))
-        if shares_prefixes and is_decode:
+        depth = next((d for d in self._sizes.depths if d >= num_drafts), 0) if num_drafts else 0
+        is_decode = is_decode or depth > 0
+        key = self._captured(self._candidates(num_tokens, is_decode, False, depth))
+        if shares_prefixes and is_decode and not depth:
             key = self._captured(self._candidates(num_tokens, True, True)) or key
         if key is None:
             self._num_eager += 1
@@ -183,14 +240,20 @@ class StepGraphs:
             self._sampling_candidates[num_samples] = candidates
         return self._captured(candidates)
 
-    def _candidates(self, num_tokens: int, is_decode: bool, is_shared: bool) -> list[ForwardKey]:
+    def _candidates(
+        self, num_tokens: int, is_decode: bool, is_shared: bool, depth: int = 0
+    ) -> list[ForwardKey]:
         """Graphs that may serve, nearest first."""
-        wanted = num_tokens, is_decode, is_shared
+        wanted = num_tokens, is_decode, is_shared, depth
         found = self._forward_candidates.get(wanted)
         if found is None:
-            unshared = self._sizes.decode if is_decode else self._sizes.mixed
-            sizes = _fitting(self._sizes.shared if is_shared else unshared, num_tokens)
-            found = [ForwardKey(size, is_decode, is_shared) for size in sizes]
+            sizes = self._sizes.decode if is_decode else self._sizes.mixed
+            if is_shared:
+                sizes = self._sizes.shared
+            elif depth:
+                sizes = self._sizes.drafting_of(depth)
+            fitting = _fitting(sizes, num_tokens)
+            found = [ForwardKey(size, is_decode, is_shared, depth) for size in fitting]
             self._forward_candidates[wanted] = found
         return found
 
@@ -265,6 +328,11 @@ class StepGraphs:
             self._missing.pop(wanted, None)
             self._missing[wanted] = True
         return next((key for key in candidates if key in self._graphs), None)
+
+
+def _is_coarse(size: int) -> bool:
+    """Whether it is a power of two, or one and a half."""
+    return size // (size & -size) in (1, 3)
 
 
 def _fitting(sizes: tuple[int, ...], wanted: int) -> tuple[int, ...]:

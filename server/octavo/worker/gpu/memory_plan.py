@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import torch
 
 from octavo.checkpoint import ModelSpec
-from octavo.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from octavo.config import CacheConfig, EngineConfig, SchedulerConfig
 from octavo.models import kv_dtype, weight_dtype
 from octavo.platforms.gpu import GPUPlatform
 from octavo.worker.gpu.allocator import CachingAllocator
 from octavo.worker.gpu.buffers import StepSizes
 from octavo.worker.gpu.footprint import META, Footprint, Part, cache_spec, footprint
 from octavo.worker.gpu.graphs import GraphSizes
+from octavo.worker.gpu.lookup import max_drafts_of
 from octavo.worker.sizing import CachePlan
 
 GIB = 1 << 30
@@ -102,11 +103,6 @@ def plan_gpu_memory(
         raise ValueError(
             f"quantization on a GPU must be auto or none, got {config.model.quantization}"
         )
-    speculative = config.scheduler.speculative_config
-    if speculative and SpeculativeConfig.from_json(speculative).method != "off":
-        raise ValueError(
-            f'speculative_config on a GPU must be {{"method": "off"}} so far, got {speculative}'
-        )
     attempt = _Attempt(spec, config, total_bytes, weight_bytes)
     plan = attempt.plan()
     if plan is not None:
@@ -145,6 +141,7 @@ class _Attempt:
             max_num_seqs=config.scheduler.max_num_seqs,
             total_bytes=total_bytes,
         )
+        self.max_drafts = max_drafts_of(config.scheduler)
         self.graphs = GraphSizes.configured(config.scheduler, max_num_tokens=self.max_num_tokens)
         self._graph_parts: tuple[Part, ...] = ()  # once they are known
         layer = replace(cache_spec(spec, sizes=self.sizes(1), dtype=self.cache_dtype), num_layers=1)
@@ -160,6 +157,7 @@ class _Attempt:
             hidden_size=self.spec.hidden_size,
             vocab_size=self.spec.vocab_size,
             dtype=weight_dtype(self.config.model.dtype, device="cuda"),
+            max_drafts=self.max_drafts,
         )
 
     @property

@@ -58,10 +58,11 @@ class PrefixSharing:
         """Stages what the batch's requests share; whether that is enough to pay."""
         if not self._max_groups or not self._max_partitions or len(batch.rows) < 2:
             return False
-        if batch.seq_lens.max() <= self._partition:
+        if batch.least_lens.max() <= self._partition:
             return False
-        # Whole partitions before the last token, of requests that decode.
-        depths = np.minimum((batch.seq_lens - 1) // self._partition, self._max_partitions)
+        # Whole partitions before the last token, wherever that is, of requests that decode. Those
+        # that verify drafts read theirs themselves.
+        depths = np.minimum((batch.least_lens - 1) // self._partition, self._max_partitions)
         depths = np.where(batch.seq_lens - batch.starts == 1, depths, 0).astype(np.int64)
         if np.count_nonzero(depths) < 2:
             return False

@@ -6,9 +6,10 @@ already. So a request's failure is known a step late: what was launched for it s
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,12 +20,14 @@ from octavo.sampling.sampler import NON_FINITE_MESSAGE
 from octavo.types import BlockCopy, ModelOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.gpu.arena import RequestArena
 from octavo.worker.gpu.buffers import StepBuffers
+from octavo.worker.gpu.draft_planner import NO_DRAFTS, DraftPlanner, Outcome
 from octavo.worker.gpu.graphs import ForwardKey, GraphKey, StepGraphs
+from octavo.worker.gpu.lookup import PromptLookup
 from octavo.worker.gpu.prefix_sharing import PrefixSharing
 from octavo.worker.gpu.runtime import Event, Runtime
 from octavo.worker.gpu.sampler import GpuSampler, PendingSamples, StagedSamples
 from octavo.worker.gpu.scores import PendingScores, PromptScorer
-from octavo.worker.gpu.table import GpuRequestTable, StepBatch
+from octavo.worker.gpu.table import GpuRequestTable, Ints, StepBatch
 from octavo.worker.gpu.upload import Upload
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import NO_TRANSFER, KVTransfer, Loads
@@ -39,6 +42,16 @@ class _PromptScores:
     pending: PendingScores
 
 
+@dataclass(slots=True, kw_only=True)
+class _Drawn:
+    """What requests of a step got."""
+
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)  # by place in the batch
+    num_found: Ints | None = None  # [P] of each one's drafts, those that were looked up
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InFlight:
     """A step that was launched."""
@@ -49,6 +62,8 @@ class InFlight:
     loads: Loads  # from the host tier
     samples: PendingSamples | None  # None: nothing was to be drawn
     prompt_scores: Sequence[_PromptScores]
+    launched: float  # when
+    is_typical: bool  # whether such steps will be run as this one was
 
     @property
     def request_ids(self) -> tuple[str, ...]:
@@ -76,6 +91,9 @@ class GpuRunner:
         graphs: StepGraphs,
         transfer: KVTransfer = NO_TRANSFER,
         prefixes: PrefixSharing | None = None,
+        lookup: PromptLookup | None = None,
+        planner: DraftPlanner = NO_DRAFTS,
+        seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
         self._runtime = runtime
@@ -89,6 +107,10 @@ class GpuRunner:
         self._kv = kv
         self._transfer = transfer
         self._prefixes = prefixes
+        self._lookup = lookup
+        self._planner = planner
+        self._seconds = seconds
+        self._finished = 0.0  # when the last step was
         self._graphs = graphs
         self._inflight: deque[InFlight] = deque()
         self._events: list[Event] = []  # of finished steps, to be used again
@@ -103,27 +125,20 @@ class GpuRunner:
         try:
             self._table.apply(step, self._upload)
             copies = self._stage_copies(step.block_copies)
-            batch = self._table.batch(step)
+            batch = self._table.batch(step, self._planner.choose(step))
             assert batch.num_tokens <= self._buffers.sizes.max_num_tokens, "more than a step holds"
             prefixes = self._prefixes
             shares_prefixes = prefixes is not None and prefixes.stage(batch, self._upload)
-            is_plain = self._sampler.is_plain(batch.sample_rows)
-            staged = None if is_plain else self._sampler.stage(batch.sample_rows, self._upload)
-            self._upload.batch.fill(
-                rows=batch.rows,
-                query_ends=batch.query_ends,
-                seq_lens=batch.seq_lens,
-                sample_tokens=batch.sample_tokens,
-                sample_rows=batch.sample_rows,
-                sample_positions=batch.sample_positions,
-            )
+            staged = None
+            if not self._sampler.is_plain(batch.sample_rows):
+                staged = self._sampler.stage(batch.sample_rows, self._upload, batch.depths)
+            self._fill(batch)
         finally:
             self._upload.send()
             loads = self._transfer.apply(step)
             if copies is not None:
                 self._model.backend.copy_blocks(self._kv.layers, src=copies[0], dst=copies[1])
-        if batch.num_tokens:
-            self._forward(batch, shares_prefixes=shares_prefixes)
+        is_typical = not batch.num_tokens or self._forward(batch, shares_prefixes=shares_prefixes)
         prompt_scores = self._score_prompts(batch)
         samples = self._sample(batch.num_samples, staged) if batch.num_samples else None
         event = self._events.pop() if self._events else self._runtime.event()
@@ -135,9 +150,27 @@ class GpuRunner:
             loads=loads,
             samples=samples,
             prompt_scores=prompt_scores,
+            launched=self._seconds(),
+            is_typical=is_typical,
         )
         self._inflight.append(flight)
         return flight
+
+    def _fill(self, batch: StepBatch) -> None:
+        """Stages the batch: what hangs on drafts in flight as `BatchWords` says."""
+        seq_lens, positions = batch.seq_lens, batch.sample_positions
+        if self._lookup is not None:
+            seq_lens = seq_lens.copy()
+            seq_lens[batch.samples] = -1 if batch.drafts is None else ~batch.drafts
+            positions = np.full_like(positions, -1) if batch.depths is None else ~batch.depths
+        self._upload.batch.fill(
+            rows=batch.rows,
+            query_ends=batch.query_ends,
+            seq_lens=seq_lens,
+            sample_tokens=batch.sample_tokens,
+            sample_rows=batch.sample_rows,
+            sample_positions=positions,
+        )
 
     def _stage_copies(self, copies: Sequence[BlockCopy]) -> tuple[Tensor, Tensor] | None:
         """No block is both source and destination in a step, so they may run in any order."""
@@ -147,20 +180,21 @@ class GpuRunner:
         section = self._upload.section
         return section(np.array(src, np.int32)), section(np.array(dst, np.int32))
 
-    def _forward(self, batch: StepBatch, *, shares_prefixes: bool) -> None:
+    def _forward(self, batch: StepBatch, *, shares_prefixes: bool) -> bool:
+        """Whether steps of this size will go on to be run as it was: no graph of it is to come."""
         num_requests = len(batch.rows)
         key = self._graphs.forward_key(
             num_tokens=batch.num_tokens,
             num_requests=num_requests,
             is_decode=batch.max_query_len == 1,
             shares_prefixes=shares_prefixes,
+            num_drafts=0 if batch.drafts is None else batch.max_query_len - 1,
         )
         if key is not None:
             self._graphs.replay(key)
-        else:
-            self._forward_work(
-                batch.num_tokens, num_requests, batch.max_query_len, shares_prefixes
-            )()
+            return True
+        self._forward_work(batch.num_tokens, num_requests, batch.max_query_len, shares_prefixes)()
+        return not self._graphs.num_missing
 
     def _forward_work(
         self, num_tokens: int, num_requests: int, max_query_len: int, shares_prefixes: bool
@@ -176,6 +210,8 @@ class GpuRunner:
         token_ids, out = buffers.token_ids[:num_tokens], buffers.hidden[:num_tokens]
 
         def work() -> None:
+            if self._lookup is not None:
+                self._lookup.launch(buffers, num_requests=num_requests, num_tokens=num_tokens)
             build_step_inputs(
                 buffers.batch.rows[:num_requests],
                 attn.query_start_loc,
@@ -260,15 +296,8 @@ class GpuRunner:
         flight.event.wait()
         self._events.append(flight.event)
         batch = flight.batch
-        tokens: dict[str, tuple[int, ...]] = {}
-        logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
-        errors: dict[int, str] = {}  # by place in the batch
-        if flight.samples is not None:
-            sampled = self._sampler.read(flight.samples)
-            ids = batch.sample_ids
-            tokens = dict(zip(ids, zip(sampled.token_ids, strict=True), strict=True))
-            logprobs = {ids[s]: (score,) for s, score in sampled.logprobs.items()}
-            errors = {int(batch.samples[s]): message for s, message in sampled.errors.items()}
+        drawn = self._read_samples(flight)
+        tokens, logprobs, errors = drawn.tokens, drawn.logprobs, drawn.errors
         prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
         for asked in flight.prompt_scores:
             scores = self._scorer.read(asked.pending)
@@ -282,6 +311,7 @@ class GpuRunner:
             tokens.pop(request_id, None)
             logprobs.pop(request_id, None)
             prompt_logprobs.pop(request_id, None)
+        self._learn(flight, drawn)
         return ModelOutput(
             step=flight.step,
             sampled_token_ids=tokens,
@@ -289,8 +319,62 @@ class GpuRunner:
             prompt_logprobs=prompt_logprobs,
             errors=failed,
             damaged_blocks=flight.loads.damaged(),
-            worker=self._graphs.take_stats(),
+            num_drafts_wanted=self._planner.num_wanted,
+            worker=self._planner.add_stats(self._graphs.take_stats()),
         )
+
+    def _read_samples(self, flight: InFlight) -> _Drawn:
+        """What each request got. Behind drafts that is its samples up to the first that is not the
+        draft there; what was drawn, or failed, behind that one is nobody's."""
+        batch, samples, drawn = flight.batch, flight.samples, _Drawn()
+        if samples is None:
+            return drawn
+        ids = batch.sample_ids
+        if batch.drafts is None:
+            sampled = self._sampler.read(samples)
+            drawn.tokens = dict(zip(ids, zip(sampled.token_ids, strict=True), strict=True))
+            drawn.logprobs = {ids[s]: (score,) for s, score in sampled.logprobs.items()}
+            drawn.errors = {int(batch.samples[s]): text for s, text in sampled.errors.items()}
+            return drawn
+        by_sample, num_found = self._sampler.drafted(samples, len(batch.rows))
+        sampled = self._sampler.read(samples)
+        firsts = batch.first_samples
+        counts = by_sample[firsts]
+        self._table.settle(batch, counts)
+        drawn.num_found = num_found[batch.samples]
+        runs = zip(ids, batch.samples.tolist(), firsts.tolist(), counts.tolist(), strict=True)
+        for request_id, place, first, count in runs:
+            run = range(first, first + max(count, 1))
+            failed = [s for s in run if s in sampled.errors]
+            if failed:
+                drawn.errors[place] = sampled.errors[failed[0]]
+                continue
+            drawn.tokens[request_id] = tuple(sampled.token_ids[first : run.stop])
+            if first in sampled.logprobs:
+                drawn.logprobs[request_id] = tuple(map(sampled.logprobs.__getitem__, run))
+        return drawn
+
+    def _learn(self, flight: InFlight, drawn: _Drawn) -> None:
+        """Tells the planner what a step yielded, and how long the device was at it: steps run one
+        after the other."""
+        now = self._seconds()
+        began, self._finished = max(self._finished, flight.launched), now
+        batch = flight.batch
+        outcome = Outcome(
+            num_requests=len(batch.rows),
+            num_tokens=batch.num_tokens,
+            is_plain=batch.num_tokens == batch.num_samples,
+            tokens=drawn.tokens,
+            seconds=now - began,
+            is_typical=flight.is_typical,
+        )
+        if batch.drafts is not None:
+            assert drawn.num_found is not None
+            counts = zip(batch.drafts.tolist(), drawn.num_found.tolist(), strict=True)
+            pairs = zip(batch.sample_ids, counts, strict=True)
+            drafts = {request_id: pair for request_id, pair in pairs if pair[0]}
+            outcome = replace(outcome, drafts=drafts)
+        self._planner.learn(outcome)
 
     def _failed(self, batch: StepBatch, errors: Mapping[int, str]) -> dict[str, str]:
         """Requests of the batch that failed, here or before -> message."""

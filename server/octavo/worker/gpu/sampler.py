@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,13 @@ from octavo.sampling.sampler import NON_FINITE_MESSAGE, STATUS_MESSAGES, Sampled
 from octavo.sampling.token_lists import NO_LISTS, TokenLists
 from octavo.types import SamplingParams, TokenLogprobs
 from octavo.worker.gpu.arena import RequestArena
-from octavo.worker.gpu.buffers import StepBuffers, StepSizes, split_results
+from octavo.worker.gpu.buffers import Results, StepBuffers, StepSizes
 from octavo.worker.gpu.landing import Landings
 from octavo.worker.gpu.logit_lists import LogitLists
 from octavo.worker.gpu.runtime import Runtime
 from octavo.worker.gpu.scores import PendingScores, launch_scores, read_scores
 from octavo.worker.gpu.upload import Upload
+from octavo_kernels.drafting.gpu import accept
 from octavo_kernels.sampling import OK, LogitParams
 from octavo_kernels.sampling.gpu import GpuWorkspace, sample
 from octavo_kernels.sampling.gpu_params import (
@@ -37,6 +39,7 @@ from octavo_kernels.sampling.gpu_params import (
 from octavo_kernels.step_inputs.gpu import SamplingColumns, gather_rows, gather_sampling
 
 Rows = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int32]
 
 _TABLE = ("temperature", "top_k", "top_p", "min_p", "seeds")
 _COUNTED = ("token_ids", "num_prompt_tokens", "num_tokens")
@@ -50,6 +53,7 @@ class StagedSamples:
     num_samples: int
     edited: Tensor | None  # [L] int32: samples whose logits parameters change; None: no such
     edited_rows: Tensor | None  # [L] int32: their rows
+    edited_depths: Tensor | None  # [L] int32: drafts before them; None: before no sample
     fresh_rows: Tensor | None  # [F] int32: those of them whose tokens were never counted
     fresh: Rows  # the same, on the host
     asking: Tensor | None  # [A] int32: samples that want log-probabilities; None: no such
@@ -74,6 +78,15 @@ class PendingSamples:
     scores: SampleScores | None
 
 
+class _Landed(NamedTuple):
+    """`Results` on the host."""
+
+    tokens: Rows
+    status: Ints
+    num_drawn: Ints
+    num_found: Ints
+
+
 class GpuSampler:
     """Row-wise: what one row draws does not depend on the others or on their number.
 
@@ -90,13 +103,14 @@ class GpuSampler:
         self._max_logprobs = max_logprobs
         self._landings = Landings(runtime)
         self._table = {name: arena.view(name) for name in _TABLE}
-        self._columns = SamplingColumns.create(sizes.max_num_seqs, device=device)
+        num_samples = sizes.max_samples
+        self._columns = SamplingColumns.create(num_samples, device=device)
         self._workspace = GpuWorkspace.create(
-            sizes.max_num_seqs, vocab_size=vocab_size, dtype=torch.float32, device=device
+            num_samples, vocab_size=vocab_size, dtype=torch.float32, device=device
         )
-        shape = (sizes.max_num_seqs, sizes.hidden_size)
+        shape = (num_samples, sizes.hidden_size)
         self._hidden = torch.zeros(shape, dtype=sizes.dtype, device=device)  # after which to draw
-        self._raw = torch.zeros(sizes.max_num_seqs, vocab_size, device=device)
+        self._raw = torch.zeros(num_samples, vocab_size, device=device)
         self._lists = LogitLists(num_rows=num_rows, runtime=runtime)
         words = -(-vocab_size // 32)
 
@@ -118,9 +132,9 @@ class GpuSampler:
         self._is_counted = np.zeros(num_rows, np.bool_)
         self._num_best = np.full(num_rows, -1, np.int32)  # negative: no log-probabilities wanted
         self._special_rows: set[int] = set()  # edited, or with log-probabilities wanted
-        # Tokens and status in host memory that results were brought to, by its address, which it
-        # keeps as long as it is in here.
-        self._landed: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]] = {}
+        # Results in host memory that they were brought to, by its address, which it keeps as long
+        # as it is in here.
+        self._landed: dict[int, _Landed] = {}
 
     def set_row(self, row: int, params: SamplingParams, upload: Upload) -> None:
         """Takes over the parameters of the request that now has the row, whose tokens go to the
@@ -158,20 +172,25 @@ class GpuSampler:
             return True
         return not (self._is_edited[rows].any() or (self._num_best[rows] >= 0).any())
 
-    def stage(self, rows: Rows, upload: Upload) -> StagedSamples:
-        """Stages what `launch` will read for samples of these rows [S]; before `upload.send`."""
+    def stage(self, rows: Rows, upload: Upload, depths: Ints | None = None) -> StagedSamples:
+        """Stages what `launch` will read for samples of these rows [S]; before `upload.send`.
 
-        def section(values: Rows) -> Tensor | None:
+        ``depths``: [S] drafts before each sample; None: before none.
+        """
+
+        def section(values: npt.NDArray[np.integer]) -> Tensor | None:
             return upload.section(values.astype(np.int32)) if len(values) else None
 
         edited = np.flatnonzero(self._is_edited[rows])
         asking = np.flatnonzero(self._num_best[rows] >= 0)
         edited_rows = rows[edited]
-        fresh = edited_rows[~self._is_counted[edited_rows]]
+        heads = edited_rows if depths is None else edited_rows[depths[edited] == 0]
+        fresh = heads[~self._is_counted[heads]]
         return StagedSamples(
             num_samples=len(rows),
             edited=section(edited),
             edited_rows=section(edited_rows),
+            edited_depths=None if depths is None else section(depths[edited]),
             fresh_rows=section(fresh),
             fresh=fresh,
             asking=section(asking),
@@ -219,11 +238,7 @@ class GpuSampler:
 
     def read(self, pending: PendingSamples) -> Sampled:
         """A step's results; its work has come to its end before. Tokens of failed rows are -1."""
-        address = pending.results.data_ptr()
-        if address not in self._landed:
-            landed = split_results(pending.results, max_num_seqs=self._sizes.max_num_seqs)
-            self._landed[address] = landed[0].numpy(), landed[1].numpy()
-        tokens, status = self._landed[address]
+        tokens, status = self._landed_at(pending.results)[:2]
         token_ids: list[int] = tokens[: pending.num_samples].tolist()
         codes = status[: pending.num_samples]
         errors = {
@@ -240,6 +255,20 @@ class GpuSampler:
                     logprobs[row] = score
         return Sampled(token_ids=token_ids, errors=errors, logprobs=logprobs)
 
+    def drafted(self, pending: PendingSamples, num_requests: int) -> tuple[Ints, Ints]:
+        """With speculation, to be asked before `read`. [S] tokens that a request got, at the first
+        of its samples (0 where that could not be drawn); [R] drafts that were looked up."""
+        landed = self._landed_at(pending.results)
+        num_drawn = landed.num_drawn[: pending.num_samples]
+        return num_drawn.copy(), landed.num_found[:num_requests].copy()
+
+    def _landed_at(self, results: Tensor) -> _Landed:
+        address = results.data_ptr()
+        if address not in self._landed:
+            parts = Results.of(results, sizes=self._sizes)
+            self._landed[address] = _Landed(*(part.numpy() for part in parts))
+        return self._landed[address]
+
     def _compute_logits(self, model: Model, buffers: StepBuffers, num_samples: int) -> None:
         hidden = self._hidden[:num_samples]
         gather_rows(buffers.hidden, buffers.batch.sample_tokens[:num_samples], out=hidden)
@@ -253,10 +282,17 @@ class GpuSampler:
         if staged.fresh_rows is not None:
             load_slots(params, staged.fresh_rows)
             self._is_counted[staged.fresh] = True
-        apply_logit_params(logits, params=params, rows=staged.edited, slots=staged.edited_rows)
+        apply_logit_params(
+            logits,
+            params=params,
+            rows=staged.edited,
+            slots=staged.edited_rows,
+            num_drafts=staged.edited_depths,
+        )
 
     def _draw(self, buffers: StepBuffers, num_samples: int) -> None:
-        """Draws from the logits of the first samples and appends to their rows."""
+        """Draws from the logits of the first samples and appends to their rows: of a row's several
+        samples as many as agree with its drafts, and one."""
         rows = buffers.batch.sample_rows[:num_samples]
         columns = self._columns.first(num_samples)
         positions = buffers.batch.sample_positions[:num_samples]
@@ -268,4 +304,15 @@ class GpuSampler:
             workspace=self._workspace,
             out=(tokens, buffers.status[:num_samples]),
         )
-        extend(self._params, slots=rows, tokens=tokens)
+        if not self._sizes.max_drafts:
+            extend(self._params, slots=rows, tokens=tokens)
+            return
+        accept(
+            rows,
+            tokens,
+            token_table=self._params.lists.token_ids,
+            num_tokens=self._params.lists.num_tokens,
+            counts=self._params.counts,
+            num_drawn=buffers.found.num_drawn[:num_samples],
+            max_drafts=self._sizes.max_drafts,
+        )

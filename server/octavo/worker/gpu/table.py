@@ -1,14 +1,15 @@
 """The host's account of the rows on the GPU: who has which, and every count. Knows no token drawn.
 
 The scheduler's diffs are applied here and staged for the device at once. Counts run ahead of the
-device: a step that will draw a token has it counted when the step is launched.
+device: a step that will draw a token has it counted when the step is launched, and every draft as
+if accepted, until its results take back those that were not (`settle`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol, TypeVar
 
@@ -24,6 +25,7 @@ Rows = npt.NDArray[np.int64]
 Int = TypeVar("Int", np.int32, np.int64)
 
 _log = logging.getLogger(__name__)
+_NO_DRAFTS: Mapping[str, int] = {}
 
 
 class RowParams(Protocol):
@@ -38,7 +40,8 @@ class RowParams(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """R requests of a step, packed one after the other (T tokens), S of which draw a token."""
+    """R requests of a step, packed one after the other (T tokens), P of which draw S tokens: one
+    each, and one behind each draft. Lengths and positions count all drafts before as accepted."""
 
     request_ids: list[str]  # R
     rows: Rows  # [R]
@@ -48,27 +51,38 @@ class StepBatch:
     seq_lens: Ints  # [R]
     num_tokens: int  # T
     max_query_len: int
-    samples: Rows  # [S] places in [0, R) of requests whose known tokens end in this step
+    samples: Rows  # [P] places in [0, R) of requests whose known tokens end in this step
     sample_rows: Rows  # [S]
-    sample_tokens: Ints  # [S] places in [0, T) of their last tokens
+    sample_tokens: Ints  # [S] places in [0, T) of the tokens after which one is drawn
     sample_positions: Ints  # [S] of the tokens to draw
+    least_lens: Ints  # [R] of seq_lens, should no draft before have been accepted
+    drafts: Ints | None = None  # [P] behind the last token of each; None: behind nobody's
+    depths: Ints | None = None  # [S] drafts before each sample; None where drafts is
 
     @property
     def num_samples(self) -> int:
-        return len(self.samples)
+        return len(self.sample_rows)
 
     @property
     def sample_ids(self) -> list[str]:
-        """[S] of the requests that draw a token."""
+        """[P] of the requests that draw."""
         ids = self.request_ids
         return ids if len(self.samples) == len(ids) else [ids[i] for i in self.samples.tolist()]
+
+    @property
+    def first_samples(self) -> Rows:
+        """[P] the first sample of each request that draws."""
+        if self.drafts is None:
+            return np.arange(len(self.samples))
+        return np.cumsum(1 + self.drafts) - 1 - self.drafts
 
 
 class GpuRequestTable:
     """Rows of live requests, kept by the scheduler's diffs.
 
     Of row r, the device knows tokens [0, num_tokens[r]) once the steps launched so far have run;
-    the K/V of [0, num_computed[r]) are then in its blocks, ``block_tables[r]``.
+    the K/V of [0, num_computed[r]) are then in its blocks, ``block_tables[r]``. Of both,
+    num_unsure[r] are drafts of steps in flight.
     """
 
     def __init__(self, *, sizes: StepSizes, params: RowParams) -> None:
@@ -80,6 +94,7 @@ class GpuRequestTable:
         self.num_prompt_tokens = np.zeros(num_rows, np.int32)
         self.num_tokens = np.zeros(num_rows, np.int32)
         self.num_computed = np.zeros(num_rows, np.int32)
+        self.num_unsure = np.zeros(num_rows, np.int32)
         self.serials = np.full(num_rows, -1, np.int64)
         # How many likely tokens to tell of each prompt position; negative: no scores wanted.
         self.num_prompt_scores = np.full(num_rows, -1, np.int32)
@@ -111,24 +126,35 @@ class GpuRequestTable:
         if step.new_block_ids:
             self._append_blocks(step.new_block_ids, upload)
 
-    def batch(self, step: SchedulerOutput) -> StepBatch:
-        """The batch of a step whose diffs are applied; counts it as run."""
+    def batch(self, step: SchedulerOutput, drafts: Mapping[str, int] = _NO_DRAFTS) -> StepBatch:
+        """The batch of a step whose diffs are applied; counts it as run.
+
+        ``drafts``: of requests that the step has room for, no more than that.
+        """
         request_ids = list(step.num_scheduled_tokens)
         size = len(request_ids)
         rows, serials = self._rows_of(request_ids)
-        starts = self.num_computed[rows]
-        known = self.num_tokens[rows]
+        starts, known = self.num_computed[rows], self.num_tokens[rows]
+        unsure = self.num_unsure[rows]
+        extra = None  # [R] drafts of this step
         if set(step.num_scheduled_tokens.values()) == {1}:
             seq_lens, query_ends, max_query_len = starts + 1, self._ends[:size], 1
+            ends = seq_lens
         else:
             counts = np.fromiter(step.num_scheduled_tokens.values(), np.int32, size)
             assert counts.min(initial=1) > 0, "scheduled no token"
+            counts -= _values(step.max_drafts, request_ids)
+            ends = starts + counts  # of known tokens
+            if drafts:
+                extra = _values(drafts, request_ids)
+                assert not np.count_nonzero(extra[ends != known]), "drafts before the last token"
+                counts = counts + extra
             seq_lens, query_ends = starts + counts, np.cumsum(counts, dtype=np.int32)
             max_query_len = int(counts.max(initial=0))
-        assert not np.count_nonzero(seq_lens > known), "scheduled past the known tokens"
+        assert not np.count_nonzero(ends > known), "scheduled past the known tokens"
         num_slots = self.num_blocks[rows] * self._block_size
         assert not np.count_nonzero(seq_lens > num_slots), "tokens without a block"
-        (samples,) = (seq_lens == known).nonzero()
+        (samples,) = (ends == known).nonzero()
         sample_rows, sample_ends, positions = rows, query_ends, known
         if len(samples) == size:
             samples = self._places[:size]
@@ -136,7 +162,7 @@ class GpuRequestTable:
             sample_rows, sample_ends, positions = rows[samples], query_ends[samples], known[samples]
         self.num_computed[rows] = seq_lens
         self.num_tokens[sample_rows] = positions + 1
-        return StepBatch(
+        batch = StepBatch(
             request_ids=request_ids,
             rows=rows,
             serials=serials,
@@ -149,7 +175,38 @@ class GpuRequestTable:
             sample_rows=sample_rows,
             sample_tokens=sample_ends - 1,
             sample_positions=positions,
+            least_lens=seq_lens - unsure if unsure.any() else seq_lens,
         )
+        return batch if extra is None else self._with_drafts(batch, extra)
+
+    def _with_drafts(self, batch: StepBatch, extra: Ints) -> StepBatch:
+        """The batch with samples behind these drafts [R], which its other numbers count."""
+        rows, drafts = batch.sample_rows, extra[batch.samples]
+        self.num_tokens[rows] += drafts
+        self.num_unsure[rows] += drafts
+        each = 1 + drafts
+        depths = np.arange(each.sum(), dtype=np.int32)
+        depths -= np.repeat(np.cumsum(each, dtype=np.int32) - each, each)
+        return replace(
+            batch,
+            sample_rows=np.repeat(rows, each),
+            sample_tokens=np.repeat(batch.sample_tokens - drafts, each) + depths,
+            sample_positions=np.repeat(batch.sample_positions, each) + depths,
+            drafts=drafts,
+            depths=depths,
+        )
+
+    def settle(self, batch: StepBatch, num_drawn: Ints) -> None:
+        """Takes back drafts of a batch that were not accepted: the requests that drew got so many
+        tokens [P], or 0 where they failed. For batches in the order they were made."""
+        assert batch.drafts is not None
+        rows = batch.rows[batch.samples]
+        is_same = self.serials[rows] == batch.serials[batch.samples]
+        rows, drafts = rows[is_same], batch.drafts[is_same]
+        rejected = np.minimum(1 + drafts - num_drawn[is_same], drafts)
+        self.num_computed[rows] -= rejected
+        self.num_tokens[rows] -= rejected
+        self.num_unsure[rows] -= drafts
 
     def _rows_of(self, request_ids: list[str]) -> tuple[Rows, Rows]:
         """Rows and serials; nobody changes the arrays."""
@@ -171,6 +228,7 @@ class GpuRequestTable:
         self.num_tokens[row] = num_tokens
         self.num_prompt_tokens[row] = request.num_prompt_tokens
         self.num_computed[row] = request.num_computed_tokens
+        self.num_unsure[row] = 0
         self.num_blocks[row] = num_blocks
         self.block_tables[row, :num_blocks] = request.block_ids
         wanted = request.params.prompt_logprobs
@@ -210,6 +268,13 @@ class GpuRequestTable:
         self.serials[row] = -1
         self._params.clear_row(row)
         self._free_rows.append(row)
+
+
+def _values(numbers: Mapping[str, int], names: list[str]) -> Ints:
+    """[n] of each of the names, 0 where there is none."""
+    if not numbers:
+        return np.zeros(len(names), np.int32)
+    return np.fromiter((numbers.get(name, 0) for name in names), np.int32, len(names))
 
 
 def _constant(array: npt.NDArray[Int]) -> npt.NDArray[Int]:

@@ -38,14 +38,14 @@ def upload_words(sizes: StepSizes) -> int:
 
     A bound there is not: any number of requests may come, each with all its tokens.
     """
-    batch = BatchWords.num_words(sizes.max_num_seqs)
+    batch = BatchWords.num_words(sizes.max_num_seqs, max_samples=sizes.max_samples)
     values = min(2 * sizes.max_model_len + _SPARE, _LARGEST)
     return padded(batch + _section_words(sizes) + values)
 
 
 def _section_words(sizes: StepSizes) -> int:
     """Room that a step's sections are given together: lists of places and rows, block copies."""
-    return 16 * sizes.max_num_seqs + 64
+    return 16 * sizes.max_samples + 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class HostBatch:
 
     @classmethod
     def of(cls, slot: Tensor, *, sizes: StepSizes) -> HostBatch:
-        words = BatchWords.of(slot, max_num_seqs=sizes.max_num_seqs)
+        words = BatchWords.of(slot, max_num_seqs=sizes.max_num_seqs, max_samples=sizes.max_samples)
         return cls(**{name: getattr(words, name).numpy() for name in cls.__slots__})
 
     def fill(
@@ -74,7 +74,7 @@ class HostBatch:
         sample_rows: npt.NDArray[np.integer],
         sample_positions: npt.NDArray[np.integer],
     ) -> None:
-        """R requests, S of which draw a token; every other place is padding, as `BatchWords`
+        """R requests, which draw S tokens; every other place is padding, as `BatchWords`
         says."""
         size, num_samples = len(rows), len(sample_rows)
         self.rows[:size] = rows
@@ -105,7 +105,7 @@ class Upload:
         self._words = words
         self._arena = arena
         self._capacity = words.shape[0]
-        self._batch_words = BatchWords.num_words(sizes.max_num_seqs)
+        self._batch_words = BatchWords.num_words(sizes.max_num_seqs, max_samples=sizes.max_samples)
         self._section_words = _section_words(sizes)
         self._slots = [runtime.host_tensor(self._capacity, torch.int32) for _ in range(NUM_SLOTS)]
         self._arrays: list[Ints] = [slot.numpy() for slot in self._slots]
