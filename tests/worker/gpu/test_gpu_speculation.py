@@ -17,16 +17,17 @@ from torch import Tensor
 from octavo.models import Model
 from octavo.sampling.sampler import NON_FINITE_MESSAGE
 from octavo.types import EngineRequest, FinishReason, SamplingParams, SchedulerOutput
-from octavo.worker.gpu.draft_planner import FixedPlanner, Outcome
+from octavo.worker.gpu import draft_planner
+from octavo.worker.gpu.draft_planner import FixedPlanner
 from octavo.worker.gpu.graphs import GraphSizes
 from tests.worker.gpu.conftest import DEVICE, Engine, make_runtime
 from tests.worker.gpu.driver import PARAMS as ALL_PARAMS
-from tests.worker.gpu.driver import PROMPT, Driver, crowd, subject
+from tests.worker.gpu.driver import PROMPT, Driver, Outcome, crowd, subject
 from tests.worker.gpu.toy_model import POISONS, RAISES, ToyModel
 
 pytestmark = pytest.mark.usefixtures("quick_sampling")
 
-NUM_TOKENS = 12
+NUM_TOKENS = 10
 FEW = range(20, 24)  # tokens that are drawn
 PARAMS = {
     kind: replace(params, max_tokens=NUM_TOKENS, bad_words_token_ids=((22,), (20, 21)))
@@ -51,6 +52,7 @@ class NarrowModel(ToyModel):
 
 
 Make = Callable[..., Driver]
+Without = Callable[..., dict[str, Outcome]]
 
 
 @pytest.fixture
@@ -71,13 +73,22 @@ def make_driver(make_engine: Callable[..., Engine], gpu_model: Model) -> Make:
     return make
 
 
-@pytest.fixture
-def without(make_driver: Make) -> Callable[..., Any]:
-    """What requests get one after the other and without drafts."""
+@pytest.fixture(scope="module")
+def known() -> dict[EngineRequest, Outcome]:
+    """Outcomes of requests without drafts."""
+    return {}
 
-    def found(*requests: EngineRequest, **changed: Any) -> Any:
-        driver = make_driver(max_drafts=0, max_inflight=1, can_find=False, **changed)
-        return driver.run(*([replace(request, fork_of=None)] for request in requests))
+
+@pytest.fixture
+def without(make_driver: Make, known: dict[EngineRequest, Outcome]) -> Without:
+    """What requests get without drafts, one step in flight, and none forked or found."""
+
+    def found(*requests: EngineRequest) -> dict[str, Outcome]:
+        asked = [replace(request, fork_of=None, cache_salt=None) for request in requests]
+        new = [request for request in asked if request not in known]
+        outcomes = make_driver(max_drafts=0, max_inflight=1, can_find=False).run(new)
+        known.update({request: outcomes[request.request_id] for request in new})
+        return {request.request_id: known[request] for request in asked}
 
     return found
 
@@ -106,24 +117,20 @@ SURROUNDINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("around", SURROUNDINGS)
-def test_drafts_change_no_token(around: str, make_driver: Make, without: Any) -> None:
+def test_drafts_change_no_token(around: str, make_driver: Make, without: Without) -> None:
     """Greedy, seeded and with every parameter there is, log-probabilities too, while prompts of
     others are read in chunks."""
-    driver = make_driver(**SURROUNDINGS[around])
-    others = crowd(3)
+    driver, others = make_driver(**SURROUNDINGS[around]), crowd(2)
+    if around == "graphs":
+        driver.run([subject(PLAIN["greedy"], name="first")])  # graphs of drafts are asked for
+        while driver.engine.runner.capture_one():
+            pass
     found = driver.run([*others[:1], *subjects(), *others[1:]])
-    while driver.engine.runner.capture_one():
-        pass
-    before = driver.num_replayed
-    again = driver.run(subjects(cache_salt="again"))
     want = without(*subjects(), *others)
     for name in want:
-        assert found[name].tokens[:NUM_TOKENS] == want[name].tokens, name
-        assert again[name].logprobs[: len(want[name].logprobs)] == want[name].logprobs, name
-    for kind in PARAMS:
-        assert found[kind].tokens == 2 * want[kind].tokens
+        assert found[name] == want[name], name
     assert 0 < driver.num_accepted < driver.num_drafts
-    assert (driver.num_replayed > before) == (around == "graphs")
+    assert (driver.num_replayed > 0) == (around == "graphs")
     driver.check_that_nothing_leaked()
 
 
@@ -131,19 +138,19 @@ def test_accepted_drafts_save_steps(make_driver: Make) -> None:
     steps = []
     for max_drafts in (0, 1, 3):
         driver = make_driver(max_drafts=max_drafts)
-        long = replace(PLAIN["greedy"], max_tokens=40)
+        long = replace(PLAIN["greedy"], max_tokens=30)
         driver.run([subject(long, prompt=few_tokens(20))])
         steps.append(driver.num_steps)
         # A step without work tells what the last one did; two more were in flight.
-        assert driver.num_steps + driver.num_accepted >= 40
+        assert driver.num_steps + driver.num_accepted >= 30
     assert steps[2] < steps[1] < steps[0]
 
 
-def test_runs_end_where_requests_do(make_driver: Make, without: Any) -> None:
+def test_runs_end_where_requests_do(make_driver: Make, without: Without) -> None:
     """By a stop token inside a run, by max_tokens, by the context's end."""
     prompt = few_tokens(30)
     (plain,) = without(subject(replace(PLAIN["greedy"], max_tokens=60), prompt=prompt)).values()
-    for size in range(1, 9):
+    for size in (1, 2, 4, 7):
         driver = make_driver(max_model_len=48)
         stop = plain.tokens[size]
         stops = replace(PLAIN["greedy"], max_tokens=60, stop_token_ids=(stop,), min_tokens=size)
@@ -163,7 +170,7 @@ def test_runs_end_where_requests_do(make_driver: Make, without: Any) -> None:
         driver.check_that_nothing_leaked()
 
 
-def test_preemption_takes_drafts_in_flight_back(make_driver: Make, without: Any) -> None:
+def test_preemption_takes_drafts_in_flight_back(make_driver: Make, without: Without) -> None:
     driver = make_driver(num_blocks=11, max_drafts=3)
     requests = [
         subject(
@@ -177,7 +184,7 @@ def test_preemption_takes_drafts_in_flight_back(make_driver: Make, without: Any)
     driver.check_that_nothing_leaked()
 
 
-def test_forks_and_prefix_hits_draft_from_the_whole_prompt(make_driver: Make, without: Any) -> None:
+def test_forks_and_prefix_hits_are_drafted_for(make_driver: Make, without: Without) -> None:
     prompt = few_tokens(39)
 
     def choice(index: int, name: str, **more: Any) -> EngineRequest:
@@ -194,7 +201,7 @@ def test_forks_and_prefix_hits_draft_from_the_whole_prompt(make_driver: Make, wi
 
 
 def test_requests_that_end_early_take_their_drafts_with_them(
-    make_driver: Make, without: Any
+    make_driver: Make, without: Without
 ) -> None:
     """Aborted with drafts in flight; their rows go on to others at once."""
     driver = make_driver(max_num_seqs=4, max_inflight=3)
@@ -213,7 +220,7 @@ def test_requests_that_end_early_take_their_drafts_with_them(
 
 
 def test_failures_stay_with_their_request(
-    make_driver: Make, without: Any, caplog: pytest.LogCaptureFixture
+    make_driver: Make, without: Without, caplog: pytest.LogCaptureFixture
 ) -> None:
     """NaN beside drafts, nothing left to draw, then a step that cannot be launched."""
     driver = make_driver()
@@ -233,11 +240,8 @@ def test_failures_stay_with_their_request(
         assert found[kind] == want[kind], kind
     driver.run([subject(PARAMS["greedy"], name="raises", prompt=(50, RAISES, 51))])
     assert "a kernel met a bad token" in caplog.text
-    driver.run(subjects(PLAIN, cache_salt="after"))
-    for kind in PLAIN:
-        assert (
-            driver.outcomes[kind].tokens[NUM_TOKENS:] == want["greedy"].tokens or kind != "greedy"
-        )
+    driver.run([subject(PARAMS["seeded"], name="after")])
+    assert driver.outcomes["after"] == want["seeded"]
     driver.check_that_nothing_leaked()
 
 
@@ -246,21 +250,21 @@ class Recorder:
 
     def __init__(self, counts: Iterator[int], *, num_wanted: int) -> None:
         self.num_wanted = num_wanted
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[draft_planner.Outcome] = []
         self._counts = counts
 
     def choose(self, step: SchedulerOutput) -> Mapping[str, int]:
         drafts = {name: min(room, next(self._counts)) for name, room in step.max_drafts.items()}
         return {name: count for name, count in drafts.items() if count}
 
-    def learn(self, outcome: Outcome) -> None:
+    def learn(self, outcome: draft_planner.Outcome) -> None:
         self.outcomes.append(outcome)
 
     def add_stats(self, stats: Any) -> Any:
         return stats
 
 
-def test_each_request_has_its_own_number_of_drafts(make_driver: Make, without: Any) -> None:
+def test_each_request_has_its_own_number_of_drafts(make_driver: Make, without: Without) -> None:
     rng = random.Random(3)
     planner = Recorder(iter(lambda: rng.randint(0, 5), -1), num_wanted=5)
     driver = make_driver(max_drafts=5, planner=planner, max_inflight=3)
@@ -271,7 +275,7 @@ def test_each_request_has_its_own_number_of_drafts(make_driver: Make, without: A
     found = driver.run(requests)
     assert found == without(*requests)
     drafts = [pair for outcome in planner.outcomes for pair in outcome.drafts.values()]
-    assert {number for number, _ in drafts} == {1, 2, 3, 4, 5}
+    assert {number for number, _ in drafts} >= {1, 2, 3, 4}
     assert all(found in (0, number) for number, found in drafts)
     assert {found > 0 for _, found in drafts} == {False, True}
     for outcome in planner.outcomes:

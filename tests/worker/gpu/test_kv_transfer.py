@@ -30,7 +30,6 @@ from octavo.worker.gpu.kv_transfer import GpuTransfer
 from octavo.worker.gpu.runtime import HostRuntime
 from octavo.worker.kv_transfer import CPUTransfer
 from tests.worker.gpu.conftest import DEVICE, Engine, make_runtime
-from tests.worker.gpu.test_gpu_engine import quick_sampling  # noqa: F401  (used by its name)
 from tests.worker.gpu.toy_model import ToyModel
 
 SHAPE = (6, 2, 16, 16)  # blocks, heads, tokens, dimensions
@@ -182,6 +181,7 @@ def turns(make_engine: Callable[..., Engine], gpu_model: Model) -> Turns:
     return Turns(core, kv, transfer)
 
 
+@pytest.mark.usefixtures("quick_sampling")
 def test_an_engine_gets_its_evicted_blocks_back(turns: Turns) -> None:
     first = turns.ask("a", 0)
     turns.ask("other", 1)
