@@ -1,7 +1,10 @@
 """How far drafts without a model get on real text: recorded answers, replayed without the model.
 
-``record`` generates answers to prompts once; ``replay`` lets proposers draft along them, and the
-controller on a device that takes given times, which knows no noise but the proposers' own.
+``record`` generates answers to prompts once; ``peer`` has a running server with speculation of its
+own generate them (vLLM with ``--speculative-config``), and tells what it counted. ``replay`` lets
+proposers draft along such answers, and the controller on a device that takes given times, which
+knows no noise but the proposers' own. Mean accepted lengths are vLLM's: 1 + accepted tokens /
+drafts, of the steps that had any.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.machine import keep_row, passport
+from benchmarks.spec_serve import counters
 from octavo.speculative import Outlook, SpeculativeConfig, make_drafter
 from octavo.speculative.ngram import NgramProposer
 from octavo.speculative.proposer import Proposer
@@ -65,6 +71,51 @@ def record(args: argparse.Namespace) -> None:
             print(f"{name}: {len(found)} answers, {sum(len(g.token_ids) for g in found)} tokens")
 
 
+def peer(args: argparse.Namespace) -> None:
+    """Answers as `record` writes them, and a row for each set of what the server counted."""
+    about = passport()
+    with Path(args.answers).open("w") as file:
+        for name in SETS:
+            lines = (Path(args.data) / f"{name}.jsonl").read_text().splitlines()[: args.prompts]
+            talks = [json.loads(line)["turns"][0] for line in lines]
+            before = counters(args.base_url)
+            with ThreadPoolExecutor(args.concurrency) as pool:
+                answers = list(pool.map(lambda talk: ask(args, talk), talks))
+            after = counters(args.base_url)
+            drafts, proposed, accepted = (int(after[key] - before[key]) for key in before)
+            for answer in answers:
+                file.write(json.dumps({"set": name, **answer}) + "\n")
+            row = {
+                "set": name,
+                "method": args.label,
+                "k": args.k,
+                "mean_accepted_length": round(1 + accepted / max(1, drafts), 3),
+                "accepted": round(accepted / max(1, proposed), 3),
+                "drafts": drafts,
+                "out_tokens": sum(len(answer["output"]) for answer in answers),
+            }
+            show(row, about, is_kept=args.write)
+
+
+def ask(args: argparse.Namespace, talk: str) -> dict[str, list[int]]:
+    """One greedy answer, in tokens."""
+    body = {
+        "model": args.model,
+        "messages": [{"role": "user", "content": talk}],
+        "max_tokens": args.tokens,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{args.base_url}/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as response:
+        answer = json.loads(response.read())
+    return {"prompt": answer["prompt_token_ids"], "output": answer["choices"][0]["token_ids"]}
+
+
 def read(path: str) -> dict[str, list[Answer]]:
     found: dict[str, list[Answer]] = {}
     for line in Path(path).read_text().splitlines():
@@ -86,7 +137,7 @@ def num_right(answer: Answer, at: int, draft: Sequence[int]) -> int:
 def replay_proposer(make: Callable[[], Proposer], answers: Sequence[Answer], k: int) -> Any:
     """What drafts of up to ``k`` tokens in every step would have come to, one answer at a time."""
     proposer = make()
-    steps = drawn = proposed = accepted = 0
+    steps = drawn = drafts = proposed = accepted = 0
     took = 0.0
     clock = time.perf_counter
     for number, answer in enumerate(answers):
@@ -102,6 +153,7 @@ def replay_proposer(make: Callable[[], Proposer], answers: Sequence[Answer], k: 
                 draft = proposer.propose(name, tokens[:at], max_drafts=room).token_ids
             took += clock() - began
             right = num_right(answer, at, draft)
+            drafts += bool(len(draft))
             proposed, accepted = proposed + len(draft), accepted + right
             steps, drawn = steps + 1, drawn + right + 1
             new = tokens[at : at + right + 1].tolist()
@@ -111,8 +163,10 @@ def replay_proposer(make: Callable[[], Proposer], answers: Sequence[Answer], k: 
         proposer.end(name)
         took += clock() - began
     return {
-        "tokens_per_step": round(drawn / steps, 3),
+        "mean_accepted_length": round(1 + accepted / max(1, drafts), 3),
         "accepted": round(accepted / max(1, proposed), 3),
+        "drafts": drafts,
+        "tokens_per_step": round(drawn / steps, 3),
         "us_per_call": round(took / steps * 1e6, 1),
     }
 
@@ -190,24 +244,27 @@ def cost_of(text: str) -> Callable[[int], float]:
     return lambda num_tokens: float(np.interp(num_tokens, xs, ys))
 
 
+def show(row: Mapping[str, Any], about: Mapping[str, Any], *, is_kept: bool) -> None:
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if is_kept:
+        keep_row("spec_acceptance", {"name": "spec_acceptance", **row, **about})
+
+
 def replay(args: argparse.Namespace) -> None:
-    about = passport()
-
-    def show(row: Mapping[str, Any]) -> None:
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        if args.write:
-            keep_row("spec_acceptance", {"name": "spec_acceptance", **row, **about})
-
+    about = {"answers": args.label, **passport()}
     sets = read(args.answers)
     for name, answers in sets.items():
         for method, make in METHODS.items():
             for k in args.k:
-                show({"set": name, "method": method, "k": k, **replay_proposer(make, answers, k)})
+                found = replay_proposer(make, answers, k)
+                row = {"set": name, "method": method, "k": k, **found}
+                show(row, about, is_kept=args.write)
     cost = cost_of(args.cost)
     for name, answers in sets.items():
         for requests in args.requests:
             found = replay_auto(answers, requests=requests, cost=cost, k=max(args.k))
-            show({"set": name, "method": "auto", "requests": requests, "cost": args.cost, **found})
+            row = {"set": name, "method": "auto", "requests": requests, "cost": args.cost, **found}
+            show(row, about, is_kept=args.write)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -221,8 +278,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     recorder.add_argument("--tokens", type=int, default=128)
     recorder.add_argument("--temperature", type=float, default=0.0)
     recorder.set_defaults(run=record)
+    asker = commands.add_parser("peer")
+    asker.add_argument("answers", help="JSONL to write")
+    asker.add_argument("--data", required=True, help="folder of prompts_*.jsonl")
+    asker.add_argument("--base-url", required=True, help="http://host:port/v1")
+    asker.add_argument("--model", default="m", help="its name there")
+    asker.add_argument("--label", required=True, help="server, version and method, for the rows")
+    asker.add_argument("--k", type=int, required=True, help="drafts it was told to make")
+    asker.add_argument("--prompts", type=int, default=20, help="of each set")
+    asker.add_argument("--tokens", type=int, default=128)
+    asker.add_argument("--concurrency", type=int, default=4)
+    asker.add_argument("--write", action="store_true", help="append rows to benchmarks/results")
+    asker.set_defaults(run=peer)
     player = commands.add_parser("replay")
-    player.add_argument("answers", help="JSONL that `record` wrote")
+    player.add_argument("answers", help="JSONL that `record` or `peer` wrote")
+    player.add_argument("--label", default="Octavo's", help="whose answers they are")
     player.add_argument("--k", type=int, nargs="+", default=[3, 5, 8])
     player.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
     player.add_argument("--cost", default=CPU_COST, help="tokens:milliseconds of a step, ...")

@@ -93,9 +93,9 @@ async def load(turn: Turn, url: str) -> tuple[list[Result], float]:
     return [results[index] for index in sorted(results)], took
 
 
-def counters(server: Server) -> dict[str, float]:
-    """The counts of drafts that a server tells."""
-    with urllib.request.urlopen(server.base_url.removesuffix("/v1") + "/metrics") as answer:
+def counters(base_url: str) -> dict[str, float]:
+    """The counts of drafts that a server tells, ours or vLLM."""
+    with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics") as answer:
         lines = answer.read().decode().splitlines()
     found = dict.fromkeys(_COUNTERS, 0.0)
     for line in lines:
@@ -107,11 +107,11 @@ def counters(server: Server) -> dict[str, float]:
 
 def measure(server: Server, turn: Turn) -> Row:
     """One server's row of a turn. Raises RuntimeError where a request failed."""
-    before = counters(server)
+    before = counters(server.base_url)
     results, took = asyncio.run(load(turn, server.base_url))
     if failed := [result.error for result in results if not result.is_success]:
         raise RuntimeError(f"{len(failed)} of {len(results)} requests failed: {failed[0]}")
-    after = counters(server)
+    after = counters(server.base_url)
     counted = {key: int(after[key] - before[key]) for key in before}
     out = sum(result.output_len for result in results)
     drafts = counted["drafts"]

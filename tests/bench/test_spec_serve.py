@@ -14,9 +14,8 @@ from benchmarks import spec_serve
 from benchmarks.servers import Server
 from octavo.config import ModelConfig
 from octavo.observability.metrics import Metrics
-from octavo.types import EngineInfo
+from tests.api.serving import ScriptedEngine, serving, small_tokenizer
 from tests.api.serving import Server as Serving
-from tests.api.serving import serving, small_tokenizer
 
 
 def row(mode: str, concurrency: int, tps: float, **more: Any) -> dict[str, Any]:
@@ -98,19 +97,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Serving]:
-    info = EngineInfo(
-        model="m",
-        architecture="Fake",
-        device="cpu",
-        dtype="float32",
-        kv_cache_dtype="float32",
-        vocab_size=600,
-        max_model_len=256,
-        block_size=16,
-        num_blocks=64,
-        max_num_seqs=4,
-        max_num_batched_tokens=256,
-    )
+    info = ScriptedEngine(vocab_size=600).info
     metrics = Metrics(info, model_name="m")
     with serving(
         tokenizer=small_tokenizer(), model=ModelConfig(model="m"), metrics=metrics
