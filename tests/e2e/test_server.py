@@ -80,6 +80,31 @@ def test_echo_with_logprobs_agrees_with_decoding(client: openai.OpenAI) -> None:
     assert scored.logprobs.token_logprobs[-8:] == generated.logprobs.token_logprobs
 
 
+def test_an_answer_tells_what_speculation_did(server: Server, client: openai.OpenAI) -> None:
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+
+    def counted() -> dict[str, float]:
+        return {name: server.metric(f"vllm:spec_decode_{name}_total") for name in names}
+
+    before = counted()
+    answer = client.completions.create(
+        model=MODEL,
+        prompt="one two three, one two three, one two three,",
+        temperature=0,
+        max_tokens=80,
+        extra_body={"return_spec_stats": True},
+    )
+    stats = answer.model_dump()["spec_stats"]
+    wait_until(lambda: server.metric("vllm:num_requests_running") == 0, "no request runs")
+    after = counted()
+    # A step that began before the end was known has drafts of which the answer knows nothing.
+    for name in names:
+        assert 0 <= stats[name] <= after[name] - before[name] <= stats[name] + 8
+    assert sum(stats["num_accepted_tokens_per_pos"]) == stats["num_accepted_tokens"]
+    for name in ("gain", "guarded_total", "drafting_seconds_total", "seconds_without_total"):
+        server.metric(f"octavo:spec_decode_{name}")
+
+
 def test_64_streams_with_random_disconnects(server: Server, real_prompts: list[str]) -> None:
     """Every stream that stays gets all its tokens; nothing is left of those that went away."""
     rng = random.Random(5)
