@@ -85,6 +85,7 @@ def peer(args: argparse.Namespace) -> None:
             drafts, proposed, accepted = (int(after[key] - before[key]) for key in before)
             for answer in answers:
                 file.write(json.dumps({"set": name, **answer}) + "\n")
+            out = sum(len(answer["output"]) for answer in answers) - len(answers)  # after prompts
             row = {
                 "set": name,
                 "method": args.label,
@@ -92,7 +93,7 @@ def peer(args: argparse.Namespace) -> None:
                 "mean_accepted_length": round(1 + accepted / max(1, drafts), 3),
                 "accepted": round(accepted / max(1, proposed), 3),
                 "drafts": drafts,
-                "out_tokens": sum(len(answer["output"]) for answer in answers),
+                "tokens_per_step": round(out / max(1, out - accepted), 3),
             }
             show(row, about, is_kept=args.write)
 
