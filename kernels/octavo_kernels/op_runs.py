@@ -49,6 +49,35 @@ def _block_move(scene: Scene) -> None:
         )
 
 
+def _drafting(scene: Scene) -> None:
+    from octavo_kernels.drafting import gpu
+
+    rows = scene.ints(range(scene.batch.num_requests))
+    words = scene.ints([-1] * scene.batch.num_requests)
+    table = scene.ints([0]).expand(scene.batch.num_requests, 8).contiguous()
+    counts = scene.ints([0]).expand(scene.batch.num_requests, scene.shape.vocab)
+    gpu.propose(
+        rows,
+        words,
+        sample_rows=rows,
+        sample_positions=words.clone(),
+        token_table=table,
+        num_tokens=rows.clone(),
+        num_found=rows.clone(),
+        min_length=2,
+        max_length=5,
+    )
+    gpu.accept(
+        rows,
+        rows.to(torch.int64),
+        token_table=table,
+        num_tokens=rows.clone(),
+        counts=counts.contiguous(),
+        num_drawn=rows.clone(),
+        max_drafts=scene.shape.num_drafts,
+    )
+
+
 def _embedding(scene: Scene) -> None:
     from octavo_kernels.embedding import gpu
 
@@ -298,7 +327,10 @@ def _sampling(scene: Scene) -> None:
         num_slots=1, vocab_size=vocab, max_tokens=8, list_capacity=8, device=scene.device
     )
     gpu_params.load_slots(params, slots)
-    gpu_params.apply_logit_params(logits, params=params, rows=slots, slots=slots)
+    for drafts in (None, slots):
+        gpu_params.apply_logit_params(
+            logits, params=params, rows=slots, slots=slots, num_drafts=drafts
+        )
     gpu.sample(
         logits,
         temperature=ones,
@@ -363,6 +395,7 @@ RUNS: Mapping[str, Callable[[Scene], None]] = MappingProxyType(
     {
         "block_copy": _block_copy,
         "block_move": _block_move,
+        "drafting": _drafting,
         "embedding": _embedding,
         "layer_norm": _layer_norm,
         "matmul": _matmul,

@@ -205,7 +205,9 @@ def test_a_graph_without_sharing_serves_until_the_other_is_there() -> None:
     assert mixed is None and graphs.num_missing == 0
 
 
-def batch(serials: list[int], starts: list[int], seq_lens: list[int]) -> StepBatch:
+def batch(
+    serials: list[int], starts: list[int], seq_lens: list[int], *, unsure: int = 0
+) -> StepBatch:
     rows = np.array(serials, np.int64) % 4
     nothing: npt.NDArray[np.int64] = np.zeros(0, np.int64)
     return StepBatch(
@@ -221,6 +223,7 @@ def batch(serials: list[int], starts: list[int], seq_lens: list[int]) -> StepBat
         sample_rows=nothing,
         sample_tokens=np.zeros(0, np.int32),
         sample_positions=np.zeros(0, np.int32),
+        least_lens=np.array(seq_lens, np.int32) - unsure,
     )
 
 
