@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -179,6 +179,78 @@ def test_a_request_that_comes_again_starts_anew() -> None:
     assert (batch.starts.tolist(), batch.seq_lens.tolist()) == ([3], [9])
     assert len(rig.table) == 1
     assert batch.serials[0] != serial
+
+
+def drafting(step: int, rooms: dict[str, int], **more: Any) -> SchedulerOutput:
+    counts = {name: 1 + room for name, room in rooms.items()}
+    max_drafts = {name: room for name, room in rooms.items() if room}
+    return SchedulerOutput(step=step, num_scheduled_tokens=counts, max_drafts=max_drafts, **more)
+
+
+def test_drafts_count_as_accepted_until_they_are_settled() -> None:
+    """Two steps in flight: a's drafts are all accepted, of b's one is, c has none, d is read."""
+    rig = Rig()
+    arrivals = tuple(new(name, 20, block_ids=(i, 10 + i)) for i, name in enumerate("abcd"))
+    first = SchedulerOutput(
+        step=0, new_requests=arrivals, num_scheduled_tokens={"a": 20, "b": 20, "c": 20, "d": 3}
+    )
+    rig.table.apply(first, rig.upload)
+    plain = rig.table.batch(first)
+    assert plain.drafts is None and plain.depths is None
+    assert plain.first_samples.tolist() == [0, 1, 2]
+    step = drafting(1, {"a": 3, "d": 2, "b": 3, "c": 3})
+    step = replace(step, max_drafts=dict.fromkeys("abc", 3))  # d reads three more
+    batch = rig.table.batch(step, {"a": 3, "b": 2})
+    assert batch.num_tokens == 4 + 3 + 3 + 1 and batch.max_query_len == 4
+    assert batch.seq_lens.tolist() == [24, 6, 23, 21]
+    assert batch.query_ends.tolist() == [4, 7, 10, 11]
+    assert batch.sample_ids == ["a", "b", "c"]
+    assert batch.drafts is not None and batch.drafts.tolist() == [3, 2, 0]
+    assert batch.depths is not None and batch.depths.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert batch.sample_tokens.tolist() == [0, 1, 2, 3, 7, 8, 9, 10]
+    assert batch.sample_positions.tolist() == [21, 22, 23, 24, 21, 22, 23, 21]
+    assert batch.first_samples.tolist() == [0, 4, 7]
+    row_a, row_b, row_c, row_d = (rig.table.row(name) for name in "abcd")
+    assert batch.sample_rows.tolist() == [row_a] * 4 + [row_b] * 3 + [row_c]
+    assert batch.least_lens.tolist() == batch.seq_lens.tolist()
+
+    second = drafting(2, {"b": 1, "a": 0})
+    later = rig.table.batch(second, {"b": 1})
+    assert later.seq_lens.tolist() == [25, 25] and later.starts.tolist() == [23, 24]
+    assert later.least_lens.tolist() == [23, 22]
+    rig.table.settle(batch, np.array([4, 2, 1], np.int32))
+    rows = [row_a, row_b, row_c, row_d]
+    assert rig.table.num_tokens[rows].tolist() == [26, 25, 22, 20]
+    assert rig.table.num_computed[rows].tolist() == [25, 24, 21, 6]
+    assert rig.table.num_unsure[rows].tolist() == [0, 1, 0, 0]
+    rig.table.settle(later, np.array([0, 1], np.int32))  # b failed
+    assert rig.table.num_tokens[rows].tolist() == [26, 24, 22, 20]
+    assert not rig.table.num_unsure.any()
+
+
+def test_drafts_of_a_row_given_on_concern_nobody() -> None:
+    rig = Rig()
+    first = SchedulerOutput(
+        step=0, new_requests=(new("a", 20, block_ids=(1, 2)),), num_scheduled_tokens={"a": 20}
+    )
+    rig.table.apply(first, rig.upload)
+    rig.table.batch(first)
+    batch = rig.table.batch(drafting(1, {"a": 3}), {"a": 3})
+    rig.upload.send()
+    again = new("a", 9, block_ids=(4,), num_computed_tokens=3)
+    step = SchedulerOutput(
+        step=2,
+        finished_request_ids=("a",),
+        new_requests=(again,),
+        num_scheduled_tokens={"a": 6},
+    )
+    rig.table.apply(step, rig.upload)
+    row = rig.table.row("a")
+    assert rig.table.num_unsure[row] == 0
+    rig.table.batch(step)
+    rig.table.settle(batch, np.array([1], np.int32))
+    assert (rig.table.num_tokens[row], rig.table.num_computed[row]) == (10, 9)
+    assert rig.table.num_unsure[row] == 0
 
 
 def test_parameters_that_cannot_be_kept_fail_their_request() -> None:

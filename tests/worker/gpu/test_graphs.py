@@ -60,6 +60,48 @@ def _graphs(sizes: GraphSizes) -> tuple[StepGraphs, _Work, _Clock, StepBuffers]:
     return graphs, work, clock, buffers
 
 
+def test_steps_of_drafts_have_their_own_sizes() -> None:
+    sizes = GraphSizes.of([1, 2, 4, 8, 12, 16, 20, 24, 32], 8, 32, max_drafts=4)
+    assert sizes.decode == (1, 2, 4, 8) and sizes.sampling == (1, 2, 4, 8, 12, 16, 20, 24, 32)
+    assert sizes.drafting == (2, 4, 5, 8, 12, 16, 24, 32)
+    assert sizes.depths == (1, 4)
+    assert GraphSizes.of([1], 8, 32, max_drafts=7).depths == (1, 3, 7)
+    assert GraphSizes.of([1], 8, 32, max_drafts=8).depths == (1, 3, 8)
+    assert GraphSizes.of([1], 8, 32, max_drafts=1).depths == (1,)
+    assert GraphSizes.of([1, 2], 8, 32).depths == GraphSizes.of([1, 2], 8, 32).drafting == ()
+    keys = [key for key in sizes.late_keys() if key.num_drafts]
+    assert len(keys) == 8 + 6 and ForwardKey(5, True, num_drafts=4) in keys
+    assert all(key.max_query_len == 1 + key.num_drafts for key in keys)
+    wide = SchedulerConfig(
+        max_num_seqs=256, speculative_config='{"method": "ngram", "num_speculative_tokens": 3}'
+    )
+    found = GraphSizes.configured(wide, max_num_tokens=8192)
+    assert found.sampling[-1] == found.drafting[-1] == 512 and found.decode[-1] == 256
+    assert found.max_drafts == 3
+
+
+def test_graphs_of_drafts_are_captured_when_they_are_asked_for() -> None:
+    sizes = GraphSizes(decode=(1, 4), sampling=(1,), max_drafts=4, drafting=(2, 5, 8, 16))
+    graphs, work, _, _ = _graphs(sizes)
+    while graphs.capture_one():
+        pass
+    assert all(not isinstance(key, ForwardKey) or not key.num_drafts for key in work.done)
+
+    def key(num_tokens: int, num_drafts: int) -> ForwardKey | None:
+        return graphs.forward_key(
+            num_tokens=num_tokens, num_requests=1, is_decode=False, num_drafts=num_drafts
+        )
+
+    assert key(5, 4) is None and key(3, 2) is None and graphs.num_missing == 1  # 5 tokens, both
+    assert key(8, 1) is None and graphs.num_missing == 2
+    while graphs.capture_one():
+        pass
+    assert key(5, 4) == key(5, 3) == key(3, 2) == ForwardKey(5, True, num_drafts=4)
+    assert key(8, 1) == key(7, 1) == ForwardKey(8, True, num_drafts=1)
+    assert key(6, 4) is None  # 8 tokens of five
+    assert key(17, 4) is None  # larger than any
+
+
 def _decode(graphs: StepGraphs, num_tokens: int) -> ForwardKey | None:
     return graphs.forward_key(num_tokens=num_tokens, num_requests=num_tokens, is_decode=True)
 

@@ -271,6 +271,19 @@ def test_what_did_not_change_is_not_sent_again() -> None:
     assert sharing.views(2).members.data_ptr() == views.members.data_ptr()
 
 
+def test_drafts_in_flight_share_what_is_there_without_them() -> None:
+    """A partition that only drafts fill may not be there: no request counts on it."""
+    sizes = step_sizes()
+    arena = RequestArena(request_columns(sizes), num_rows=4, device=DEVICE)
+    table = GpuRequestTable(sizes=sizes, params=None)  # type: ignore[arg-type]
+    sharing = PrefixSharing(arena, table=table, sizes=sizes, min_saved=1)
+    staged: Any = Staged(arena)
+    assert not sharing.stage(batch([0, 1], [130, 130], [131, 131], unsure=3), staged)
+    assert sharing.stage(batch([0, 1], [130, 130], [131, 131], unsure=2), staged)
+    # Those that verify drafts read for themselves.
+    assert not sharing.stage(batch([0, 1], [130, 130], [133, 131]), staged)
+
+
 def test_sharing_pays_from_a_number_of_bytes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "PARTITION", 1024)
     spec = KVCacheSpec(
