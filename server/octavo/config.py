@@ -139,11 +139,18 @@ class CacheConfig:
 class SpeculativeConfig:
     """How the server speculates: the keys of ``--speculative-config``, vLLM's where it has them.
 
-    ``auto``: suffix decoding whose depth the server chooses for each request and step, down to
-    none. Fixed methods draft ``num_speculative_tokens`` wherever they find as many.
+    ``auto``: suffix decoding, and ``model`` if one is given, as deep for each request and step as
+    pays, down to none. Fixed methods draft ``num_speculative_tokens`` wherever they find as many.
     """
 
-    method: Literal["auto", "ngram", "suffix", "off"] = _opt("auto", "who drafts")
+    method: Literal["auto", "ngram", "suffix", "eagle3", "draft_model", "off"] = _opt(
+        "auto", "who drafts"
+    )
+    model: str | None = _opt(
+        None,
+        "draft_model: Hugging Face id, local folder or .gguf file of a small model of the same "
+        "tokens; eagle3: of a head trained for the served model; auto: of either",
+    )
     num_speculative_tokens: int = _opt(
         8, "most drafts of one request in a step", minimum=1, maximum=64
     )
@@ -165,6 +172,14 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        takes_model = self.method in ("auto", "eagle3", "draft_model")
+        if self.model is not None and not (takes_model and self.model):
+            raise ValueError(
+                "model must be a name, of a head or a draft model, with the methods auto, eagle3 "
+                f"and draft_model alone, got {self.model!r} with {self.method}"
+            )
+        if self.method in ("eagle3", "draft_model") and self.model is None:
+            raise ValueError(f"model must be given with method {self.method}, got none")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min must be at most prompt_lookup_max={self.prompt_lookup_max}, "
@@ -213,7 +228,7 @@ class SchedulerConfig:
     speculative_config: str = _opt(
         "",
         'JSON such as {"method": "ngram", "num_speculative_tokens": 5}; methods are auto, suffix, '
-        "ngram and off; default auto on CPU",
+        "ngram, eagle3, draft_model and off; default auto on CPU",
         metavar="JSON",
     )
     enforce_eager: bool = _opt(False, "capture no CUDA graphs: launch every step by its kernels")

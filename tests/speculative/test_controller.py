@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from octavo.speculative.base import Outlook
-from octavo.speculative.controller import MAX_REQUESTS, Regime
+from octavo.speculative.controller import MAX_REQUESTS
+from octavo.speculative.regime import Regime
 from octavo.speculative.sources import DraftCounts
 from octavo.types import SchedulerOutput
 from tests.speculative import simulated as sim

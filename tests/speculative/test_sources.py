@@ -163,7 +163,14 @@ def test_a_fixed_method_drafts_what_was_seen(method: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"method": "eagle9"}, "method must be one of auto, ngram, suffix, off"),
+        (
+            {"method": "eagle9"},
+            "method must be one of auto, ngram, suffix, eagle3, draft_model",
+        ),
+        ({"method": "eagle3"}, "model must be given with method eagle3"),
+        ({"method": "ngram", "model": "m"}, "got 'm' with ngram"),
+        ({"method": "off", "model": "m"}, "got 'm' with off"),
+        ({"model": ""}, "got '' with auto"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be from 1 to 64"),
         ({"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "at most prompt_lookup_max=3, got 4"),
         ({"prompt_lookup_min": 0}, "prompt_lookup_min"),

@@ -107,10 +107,10 @@ def _from_file(path: Path, *, name: str, config: ModelConfig) -> ModelFiles:
     is_dummy = config.load_format == "dummy"
     return ModelFiles(
         name=name,
-        config=_read_json(folder / "config.json"),
-        generation_config=_read_json(folder / "generation_config.json"),
+        config=read_json(folder / "config.json"),
+        generation_config=read_json(folder / "generation_config.json"),
         weights=() if is_dummy else weights,
-        weight_types={} if is_dummy else _read_json(folder / "weight_types.json"),
+        weight_types={} if is_dummy else read_json(folder / "weight_types.json"),
         format="dummy" if is_dummy else "gguf",
         tokenizer_dir=folder if config.tokenizer is None else _named_tokenizer(config),
     )
@@ -169,7 +169,7 @@ def _from_folder(folder: Path, *, name: str, config: ModelConfig) -> ModelFiles:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model folder {folder} has neither config.json nor a .gguf file")
     dummy = config.load_format == "dummy"
-    weights = () if dummy else _safetensors(folder)
+    weights = () if dummy else safetensors_files(folder)
     if not dummy and not weights:
         if gguf and config.load_format == "auto":
             return _from_file(_only_gguf(folder, gguf), name=name, config=config)
@@ -179,11 +179,11 @@ def _from_folder(folder: Path, *, name: str, config: ModelConfig) -> ModelFiles:
             f"model folder {folder} has no weights: looked for model.safetensors.index.json, "
             f"*.safetensors and *.gguf{hint}"
         )
-    model_config = _read_json(folder / "config.json")
+    model_config = read_json(folder / "config.json")
     return ModelFiles(
         name=name,
         config=model_config,
-        generation_config=_read_json(folder / "generation_config.json", default={}),
+        generation_config=read_json(folder / "generation_config.json", default={}),
         weights=weights,
         format="dummy" if dummy else "safetensors",
         tokenizer_dir=_folder_tokenizer(folder, config=config, model_config=model_config),
@@ -198,7 +198,8 @@ def _only_gguf(folder: Path, gguf: list[Path]) -> Path:
     return firsts[0]
 
 
-def _safetensors(folder: Path) -> tuple[Path, ...]:
+def safetensors_files(folder: Path) -> tuple[Path, ...]:
+    """A folder's weights, all shards; none if there are none. Raises ValueError."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return tuple(
@@ -206,7 +207,7 @@ def _safetensors(folder: Path) -> tuple[Path, ...]:
             for p in sorted(folder.glob("*.safetensors"))
             if not p.name.startswith(("consolidated", "adapter"))
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     parts = [folder / part for part in sorted(set(weight_map.values()))]
@@ -251,7 +252,8 @@ def _named_tokenizer(config: ModelConfig) -> Path:
     )
 
 
-def _read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A file's JSON object; ``default`` where there is no file. Raises ValueError."""
     if default is not None and not path.is_file():
         return default
     try:

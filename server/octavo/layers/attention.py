@@ -17,6 +17,7 @@ class SelfAttention:
     """q, k and v in one projection, the backend's attention, and the output projection.
 
     ``qk_norm`` gives each head of q and k an RMS norm of its own before it rotates.
+    ``input_size``: of the rows that come in, if not ``hidden_size``.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class SelfAttention:
         output_bias: bool,
         platform: Platform,
         dtype: torch.dtype,
+        input_size: int | None = None,
     ) -> None:
         q_size, kv_size = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         if qk_norm:
@@ -41,7 +43,7 @@ class SelfAttention:
         self.layer = layer
         self.backend = platform.attention
         self.qkv = Linear(
-            hidden_size,
+            input_size or hidden_size,
             prefix=prefix,
             parts={"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=qkv_bias,
@@ -60,7 +62,7 @@ class SelfAttention:
     def __call__(
         self, x_TD: Tensor, *, residual: Tensor, attn: AttentionMetadata, kv: KVLayer
     ) -> Tensor:
-        """[T, D] -> residual + attention of it, [T, D]."""
+        """[T, input_size] -> residual [T, D] + attention of it, [T, D]."""
         context = self.backend.forward(self.qkv(x_TD), layer=self.layer, attn=attn, kv=kv)
         return self.output(context, residual=residual)
 

@@ -1,11 +1,13 @@
 """Models: their wiring, and how they get their weights."""
 
-from octavo.models.base import Model, Taps, kv_cache_spec
+from octavo.models.base import Model, Pass, TappedPass, Taps, kv_cache_spec
 from octavo.models.fingerprint import is_same_target, target_fingerprint
 from octavo.models.loader import kv_dtype, load_model, weight_dtype
 
 __all__ = [
     "Model",
+    "Pass",
+    "TappedPass",
     "Taps",
     "is_same_target",
     "kv_cache_spec",

@@ -28,6 +28,31 @@ class Taps:
     out: Tensor  # [at least T, len(layers) * D] float32
 
 
+class Pass(Protocol):
+    """What can be run over a batch again and again, and recorded: a model, or a part of one."""
+
+    def forward(
+        self, token_ids: Tensor, attn: AttentionMetadata, kv_caches: Sequence[KVLayer]
+    ) -> Tensor:
+        """[T] -> [T, D] rows."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[S, D] rows -> [S, V] float32."""
+
+
+class TappedPass:
+    """A model's forward pass that leaves taps behind each time."""
+
+    def __init__(self, model: Model, taps: Taps) -> None:
+        self._model, self._taps = model, taps
+        self.compute_logits = model.compute_logits
+
+    def forward(
+        self, token_ids: Tensor, attn: AttentionMetadata, kv_caches: Sequence[KVLayer]
+    ) -> Tensor:
+        return self._model.forward(token_ids, attn, kv_caches, taps=self._taps)
+
+
 class Model(Protocol):
     """A decoder: packed tokens in, hidden rows and logits out. Every row's bits depend on its own
     request alone."""
@@ -63,6 +88,10 @@ class Model(Protocol):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] int32 or int64 -> [T, D] token vectors, as the first layer gets them."""
+
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """[S] int32 or int64 -> [S, D]: the rows that hidden rows are multiplied with for logits
+        of these tokens."""
 
     def norms(self) -> Sequence[Tensor]:
         """The weights of all norms of hidden rows, [D] each, by depth."""

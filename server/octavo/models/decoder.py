@@ -161,6 +161,9 @@ class Decoder:
     def embed(self, token_ids: Tensor) -> Tensor:
         return self.embedding.embed(token_ids)
 
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        return self.head.embed(token_ids)
+
     def norms(self) -> list[Tensor]:
         pairs = [(layer.input_norm.weight, layer.mlp_norm.weight) for layer in self.layers]
         return [*(weight for pair in pairs for weight in pair), self.norm.weight]

@@ -115,7 +115,7 @@ def _fill(model: Model, tensors: Iterable[CheckpointTensor], *, pool: Executor) 
         if tensor.name == ROPE_FACTORS:
             model.set_frequency_factors(tensor.read(0, tensor.shape[0]))
         elif slot is not None:
-            tasks.append(pool.submit(_copy, tensor, slot))
+            tasks.append(pool.submit(copy_rows, tensor, slot))
             missing.discard(tensor.name)
         elif not _is_redundant(tensor.name, model.spec):
             unexpected.append(f"{tensor.name} {list(tensor.shape)} in {tensor.path}")
@@ -141,7 +141,8 @@ def _some(names: list[str], *, limit: int = 4) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _copy(tensor: CheckpointTensor, slot: WeightSlot) -> None:
+def copy_rows(tensor: CheckpointTensor, slot: WeightSlot) -> None:
+    """Fills a slot from a tensor of its shape. Raises ValueError for another shape."""
     if tensor.shape != slot.shape:
         raise ValueError(
             f"{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)}, "

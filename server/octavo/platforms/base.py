@@ -91,3 +91,6 @@ class Platform(Protocol):
 
     def copy_rows(self, x: Tensor, *, out: Tensor) -> None:
         """out = x, activations [T, D] to float32; rows of both may lie apart."""
+
+    def side_by_side(self, a: Tensor, b: Tensor) -> Tensor:
+        """Activations [T, D] and [T, E] -> [T, D + E]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.attention.cpu import CPUAttention
 from octavo.platforms.base import Weight
 from octavo.platforms.quantization import Quantization
+from octavo_kernels import memory
 from octavo_kernels.matmul import PackedWeight, gather_rows, matmul, pack_rows_
 from octavo_kernels.quant_matmul.block_packed import BlockWeight, write_blocks, write_rows
 from octavo_kernels.quant_matmul.blocks import Kind, gated_blocks, gated_rows, matmul_blocks
@@ -168,3 +169,10 @@ class CPUPlatform:
 
     def copy_rows(self, x: Tensor, *, out: Tensor) -> None:
         row_copy(x, out=out)
+
+    def side_by_side(self, a: Tensor, b: Tensor) -> Tensor:
+        (num_rows, size), other = a.shape, b.shape[1]
+        both = memory.empty((num_rows, size + other))
+        row_copy(a, out=both[:, :size])
+        row_copy(b, out=both[:, size:])
+        return both

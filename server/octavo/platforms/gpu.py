@@ -152,6 +152,9 @@ class GPUPlatform:
     def copy_rows(self, x: Tensor, *, out: Tensor) -> None:
         out.copy_(x)
 
+    def side_by_side(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b], dim=1)
+
 
 def model_shape(
     spec: ModelSpec, *, dtype: torch.dtype, cache_dtype: torch.dtype, block_size: int

@@ -7,24 +7,48 @@ from collections.abc import Callable
 
 from octavo.config import SpeculativeConfig
 from octavo.speculative.base import Drafter, NoDrafts, Outlook
-from octavo.speculative.controller import AutoDrafter, FixedDrafter
+from octavo.speculative.controller import (
+    MAX_REQUESTS,
+    AutoDrafter,
+    FixedDrafter,
+    FixedModelDrafter,
+)
 from octavo.speculative.ngram import NgramProposer
+from octavo.speculative.proposer import BatchProposer, Drafted, GoesOn, Proposal
 from octavo.speculative.sources import DraftCounts
 from octavo.speculative.suffix import SuffixProposer
 
-__all__ = ["DraftCounts", "Drafter", "NoDrafts", "Outlook", "make_drafter"]
+__all__ = [
+    "MAX_REQUESTS",
+    "BatchProposer",
+    "DraftCounts",
+    "Drafted",
+    "Drafter",
+    "GoesOn",
+    "NoDrafts",
+    "Outlook",
+    "Proposal",
+    "make_drafter",
+]
 
 # `auto` weighs chances itself: it is shown drafts that a fixed method would not try.
 _AUTO_SPEC_FACTOR, _AUTO_MIN_PROB = 4.0, 0.05
 
 
 def make_drafter(
-    config: SpeculativeConfig, *, seconds: Callable[[], float] = time.perf_counter
-) -> NoDrafts | FixedDrafter | AutoDrafter:
-    """What drafts for a worker. ``seconds``: its clock."""
+    config: SpeculativeConfig,
+    *,
+    model: BatchProposer | None = None,
+    seconds: Callable[[], float] = time.perf_counter,
+) -> NoDrafts | FixedDrafter | FixedModelDrafter | AutoDrafter:
+    """What drafts for a worker. ``model``: what was made of ``config.model``; ``seconds``: the
+    worker's clock."""
     most = config.num_speculative_tokens
     if config.method == "off":
         return NoDrafts()
+    if config.method in ("eagle3", "draft_model"):
+        assert model is not None, "a method that drafts by a model"
+        return FixedModelDrafter(model, num_drafts=most, seconds=seconds)
     if config.method == "ngram":
         ngram = NgramProposer(
             min_length=config.prompt_lookup_min, max_length=config.prompt_lookup_max
@@ -37,5 +61,5 @@ def make_drafter(
         min_token_prob=_AUTO_MIN_PROB if is_auto else config.suffix_decoding_min_token_prob,
     )
     if is_auto:
-        return AutoDrafter(suffix, max_drafts=most, seconds=seconds)
+        return AutoDrafter(suffix, max_drafts=most, model=model, seconds=seconds)
     return FixedDrafter(suffix, num_drafts=most, seconds=seconds)

@@ -5,30 +5,24 @@ no tokens but those it passes on, no scheduler.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 from octavo.speculative.acceptance import Acceptance
 from octavo.speculative.base import Outlook
+from octavo.speculative.batches import GuardedBatch
 from octavo.speculative.cost import StepCosts
 from octavo.speculative.last_minute import LastMinute
-from octavo.speculative.proposer import Proposal, Proposer
-from octavo.speculative.sources import DraftCounts, GuardedProposer
-from octavo.types import SchedulerOutput, WorkerStats
+from octavo.speculative.model_source import ModelSource
+from octavo.speculative.proposer import BatchProposer, Proposal, Proposer
+from octavo.speculative.regime import Regime
+from octavo.speculative.sources import Counting, GuardedProposer
+from octavo.types import SchedulerOutput
 
 _NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 # A step has drafts if they raise its tokens a second by so much, by what is expected.
 _MIN_GAIN = 1.02
-# Speculation stays on while it gains more than this (a share of a step), and comes back for more.
-_STAY, _COME_BACK = -0.004, 0.015
-_GAIN_RATE = 0.05  # of a step in the mean gain
-_WARM_STEPS = 24  # with drafts, before the mean decides, unless it is
-_HOPELESS = -0.02
-# Steps between probes while it is off: twice as many after each that failed.
-_FIRST_WAIT, _LAST_WAIT = 48, 2048
-_PROBE_STEPS = 6
-_EARLY_WAIT = 24  # for each request: steps to a probe that a new one calls for
 _PROBE_DRAFTS = 4
 # While it is on every so many steps have no drafts, and others one draft more than pays: what is
 # never tried is never known.
@@ -42,28 +36,9 @@ _CHEAP_TRY = 1.2
 MAX_REQUESTS = 8
 # Share of a step's time after which no more requests are asked for drafts, and of what it gains.
 _MAX_DRAFTING, _GAIN_SPENT = 0.06, 0.25
-# The guarantee: over the last minute of steps no more than 3 % is lost. Short of that, off.
-_WINDOW, _LEAST_WINDOW, _MAX_LOSS = 60.0, 20.0, 0.02
-_FIRST_REST, _LAST_REST = 10.0, 120.0
 
 
-class _Counting:
-    """Tells what its ``counts`` have counted."""
-
-    def __init__(self) -> None:
-        self.counts = DraftCounts()
-        self._told = DraftCounts()
-
-    def take_stats(self) -> WorkerStats | None:
-        if self.counts == self._told:
-            return None
-        stats = self.counts.since(self._told)
-        positions = list(self.counts.accepted_per_position)
-        self._told = replace(self.counts, accepted_per_position=positions)
-        return stats
-
-
-class FixedDrafter(_Counting):
+class FixedDrafter(Counting):
     """`Drafter` that always drafts as many tokens as are proposed, up to ``num_drafts``."""
 
     def __init__(
@@ -107,100 +82,69 @@ class FixedDrafter(_Counting):
         self.counts.add(drafts, tokens)
 
 
-class Regime:
-    """Whether speculation is on: while it pays, with hysteresis, and within the guarantee.
+class FixedModelDrafter(Counting):
+    """`Drafter` that always drafts ``num_drafts`` tokens by a model."""
 
-    Time is that of steps, so it stands still while nothing runs.
-    """
-
-    def __init__(self, counts: DraftCounts) -> None:
-        self._counts = counts
-        self.is_on = True
-        self.gain = 0.0  # mean share of a step, of those that might have had drafts
-        self._num_steps = 0  # of those since it was switched on, or since a probe began
-        self._wait = _FIRST_WAIT
-        self._num_left = 0  # steps to the next probe; 0 = probing
-        self._rest = 0.0  # seconds in which there are no probes
-        self._next_rest = _FIRST_REST
-        self._seconds: deque[tuple[float, float]] = deque()  # (seconds, lost) of about a second
-        self._window = self._lost = 0.0
+    def __init__(
+        self,
+        proposer: BatchProposer,
+        *,
+        num_drafts: int,
+        seconds: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__()
+        self._source = GuardedBatch(proposer, counts=self.counts, seconds=seconds)
+        self._seconds = seconds
+        self._num_drafts = num_drafts
 
     @property
-    def may_draft(self) -> bool:
-        return self.is_on or (self._num_left <= 0 and self._rest <= 0.0)
+    def num_wanted(self) -> int:
+        return self._num_drafts
 
-    @property
-    def is_beginning(self) -> bool:
-        """Whether this is among the first steps of a probe."""
-        return not self.is_on and self._num_steps < _PROBE_STEPS // 2
+    def begin(self, step: SchedulerOutput) -> None:
+        self._source.begin(step)
 
-    def pass_step(self, seconds: float) -> None:
-        """Some step was run."""
-        self._num_left -= 1
-        self._rest -= seconds
+    def draft(self, outlooks: Sequence[Outlook], *, num_tokens: int) -> Mapping[str, Sequence[int]]:
+        began = self._seconds()
+        depths = [self._num_drafts] * len(outlooks)
+        drafted = self._source.propose(outlooks, depths=depths, goes_on=_always)
+        self.counts.seconds_drafting += self._seconds() - began
+        return {name: each.token_ids for name, each in drafted.proposals.items() if each.token_ids}
 
-    def call(self, num_requests: int) -> None:
-        """Of so many requests one has changed: a probe may find more than the last did."""
-        self._num_left = min(self._num_left, _EARLY_WAIT * num_requests)
-
-    def expect(self, gain: float) -> None:
-        """A step that could have drafts is expected to gain this share of its time, or lose it."""
-        self._num_steps += 1
-        if not self.is_on:
-            self.gain += (gain - self.gain) / self._num_steps
-            if self._num_steps >= _PROBE_STEPS:
-                self._end_probe()
-            return
-        self.gain += max(_GAIN_RATE, 1.0 / self._num_steps) * (gain - self.gain)
-        is_warm = self._num_steps >= _WARM_STEPS
-        if self.gain < (_STAY if is_warm else _HOPELESS) and self._num_steps >= _PROBE_STEPS:
-            self._switch_off()
-
-    def _end_probe(self) -> None:
-        if self.gain > _COME_BACK:
-            self.is_on, self._wait = True, _FIRST_WAIT
-        else:
-            self._wait = min(2 * self._wait, _LAST_WAIT)
-            self._num_left = self._wait
-        self._num_steps, self.gain = 0, 0.0
-
-    def _switch_off(self) -> None:
-        self.is_on = False
-        self._num_steps, self.gain = 0, 0.0
-        self._num_left = self._wait
-        self._counts.num_switched_off += 1
-
-    def account(self, *, seconds: float, without: float) -> None:
-        """A step took so long, drafting included; its tokens would have taken so long without."""
-        lost = seconds - without
-        if self._seconds and self._seconds[-1][0] < 1.0:
-            seconds_before, lost_before = self._seconds.pop()
-            self._seconds.append((seconds_before + seconds, lost_before + lost))
-        else:
-            self._seconds.append((seconds, lost))
-        self._window += seconds
-        self._lost += lost
-        while self._window > _WINDOW and len(self._seconds) > 1:
-            oldest, oldest_lost = self._seconds.popleft()
-            self._window -= oldest
-            self._lost -= oldest_lost
-        if self._lost > _MAX_LOSS * max(self._window, _LEAST_WINDOW):
-            self._rest_now()
-
-    def _rest_now(self) -> None:
-        self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LAST_REST)
-        self._counts.num_guarded += 1
-        self._switch_off()
-        self._seconds.clear()
-        self._window = self._lost = 0.0
+    def learn(
+        self,
+        drafts: Mapping[str, Sequence[int]],
+        tokens: Mapping[str, Sequence[int]],
+        *,
+        num_tokens: int,
+        seconds: float,
+    ) -> None:
+        self.counts.add(drafts, tokens)
 
 
-class AutoDrafter(_Counting):
+def _always(request_id: str, probs: Sequence[float]) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Drafts that a request might get."""
+
+    request_id: str
+    proposal: Proposal
+    chances: Sequence[float]  # that a draft and all before it are accepted
+    is_models: bool = False
+
+
+class AutoDrafter(Counting):
     """`Drafter` that drafts what raises tokens a second most, down to nothing at all.
 
     Drafts are taken in the order of their chance to be accepted while the expected tokens of the
     step over its expected time rise. Steps that read prompts have none: those are bound by
     arithmetic, where a draft costs what a token does.
+
+    ``proposer``'s drafts cost next to nothing and are looked at first; ``model``, if there is one,
+    is asked where it is expected to do better by more than its passes take.
     """
 
     def __init__(
@@ -208,6 +152,7 @@ class AutoDrafter(_Counting):
         proposer: Proposer,
         *,
         max_drafts: int,
+        model: BatchProposer | None = None,
         seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         super().__init__()
@@ -216,6 +161,11 @@ class AutoDrafter(_Counting):
         self.regime = Regime(self.counts)
         self._last_minute = LastMinute()
         self._source = GuardedProposer(proposer, counts=self.counts, seconds=seconds)
+        self._model: ModelSource | None = None
+        if model is not None:
+            self._model = ModelSource(
+                model, counts=self.counts, max_drafts=max_drafts, seconds=seconds
+            )
         self._seconds = seconds
         self._max_drafts = max_drafts
         self._wanted = float(min(max_drafts, _PROBE_DRAFTS))
@@ -226,7 +176,7 @@ class AutoDrafter(_Counting):
         self._is_crowd = False  # whether the step has more requests than may draft
         self._num_requests = 0  # of the last such step
         self._drafting = 0.0  # seconds spent on this step's drafts
-        self._proposals: dict[str, Proposal] = {}  # of drafts in this step
+        self._candidates: dict[str, _Candidate] = {}  # that drafts of this step were taken from
 
     @property
     def num_wanted(self) -> int:
@@ -236,6 +186,8 @@ class AutoDrafter(_Counting):
 
     def begin(self, step: SchedulerOutput) -> None:
         self._source.begin(step)
+        if self._model is not None:
+            self._model.begin(step)
         for request_id in step.finished_request_ids:
             self.acceptance.forget(request_id)
         for request in step.new_requests:
@@ -252,7 +204,7 @@ class AutoDrafter(_Counting):
                 self.regime.call(1)
             self._num_requests = len(counts)
         self._drafting = 0.0
-        self._proposals.clear()
+        self._candidates.clear()
 
     def draft(self, outlooks: Sequence[Outlook], *, num_tokens: int) -> Mapping[str, Sequence[int]]:
         if not outlooks or not self._is_plain or not self.regime.may_draft:
@@ -266,18 +218,23 @@ class AutoDrafter(_Counting):
         began = self._seconds()
         plain = costs.seconds(num_tokens)
         share = _MAX_DRAFTING + _GAIN_SPENT * max(self.regime.gain, 0.0)
-        proposals = self._propose(outlooks, until=began + max(share * plain, 2e-4))
-        num_tried = self._num_to_try(num_tokens) if proposals else 0
-        drafts, gain = self._choose(proposals, num_tokens, num_tried)
+        found = self._propose(outlooks, until=began + max(share * plain, 2e-4))
+        charged = self._seconds() - began
+        if self._model is not None:
+            # What it reads to catch up for the first time is no part of what drafts will take.
+            found, modelled = self._ask_model(self._model, outlooks, found, num_tokens)
+            charged += modelled
+        num_tried = self._num_to_try(num_tokens) if found else 0
+        drafts, gain = self._choose(found, num_tokens, num_tried)
         self._drafting = self._seconds() - began
         self.counts.seconds_drafting += self._drafting
         if num_tried < 2:  # else it says nothing yet of what would pay
-            self.regime.expect(gain - self._drafting / plain)
+            self.regime.expect(gain - charged / plain)
         longest = max(map(len, drafts.values()), default=0)
         self._wanted = min(float(self._max_drafts), max(longest + 2.0, self._wanted - 0.125))
         return drafts
 
-    def _propose(self, outlooks: Sequence[Outlook], *, until: float) -> list[tuple[str, Proposal]]:
+    def _propose(self, outlooks: Sequence[Outlook], *, until: float) -> list[_Candidate]:
         """Proposals of requests, each step beginning with another, while there is time."""
         self._first += 1
         first = self._first % len(outlooks)
@@ -285,20 +242,42 @@ class AutoDrafter(_Counting):
         for outlook in (*outlooks[first:], *outlooks[:first]):
             proposal = self._source.propose(outlook, max_drafts=self._max_drafts)
             if proposal.token_ids:
-                found.append((outlook.request_id, proposal))
+                chances = self.acceptance.survivals(
+                    outlook.request_id, len(proposal.token_ids), proposal.probs
+                )
+                found.append(_Candidate(outlook.request_id, proposal, chances))
             if self._seconds() > until:
                 break
         return found
 
+    def _ask_model(
+        self,
+        model: ModelSource,
+        outlooks: Sequence[Outlook],
+        found: list[_Candidate],
+        num_requests: int,
+    ) -> tuple[list[_Candidate], float]:
+        """(candidates, the seconds that the model's drafts among them take as a rule)."""
+        proposals, seconds = model.propose(
+            outlooks,
+            expected={each.request_id: sum(each.chances) for each in found},
+            seconds=self.costs.of(num_requests).seconds,
+            num_requests=num_requests,
+        )
+        kept = [each for each in found if each.request_id not in proposals]
+        for request_id, proposal in proposals.items():
+            chances = model.by_chance.survivals(request_id, len(proposal.token_ids), proposal.probs)
+            kept.append(_Candidate(request_id, proposal, chances, is_models=True))
+        return kept, seconds
+
     def _choose(
-        self, proposals: Sequence[tuple[str, Proposal]], num_requests: int, num_tried: int
+        self, found: Sequence[_Candidate], num_requests: int, num_tried: int
     ) -> tuple[dict[str, Sequence[int]], float]:
         """(drafts, the share of the step's time that they are expected to gain)."""
         chances = []
-        for index, (request_id, (token_ids, probs)) in enumerate(proposals):
-            survivals = self.acceptance.survivals(request_id, len(token_ids), probs)
+        for index, each in enumerate(found):
             # Along a request chances fall, and equal ones keep their order: prefixes are chosen.
-            chances += [(-chance, i, index) for i, chance in enumerate(survivals)]
+            chances += [(-chance, i, index) for i, chance in enumerate(each.chances)]
         if not chances:
             return {}, 0.0
         chances.sort()
@@ -317,9 +296,9 @@ class AutoDrafter(_Counting):
             lengths[index] = i + 1
         drafts: dict[str, Sequence[int]] = {}
         for index, length in lengths.items():
-            request_id, proposal = proposals[index]
-            drafts[request_id] = proposal.token_ids[:length]
-            self._proposals[request_id] = proposal
+            each = found[index]
+            drafts[each.request_id] = each.proposal.token_ids[:length]
+            self._candidates[each.request_id] = each
         return drafts, gain
 
     def _num_to_try(self, num_requests: int) -> int:
@@ -365,13 +344,14 @@ class AutoDrafter(_Counting):
             return
         self.counts.add(drafts, tokens)
         for request_id, draft in drafts.items():
-            if request_id in tokens:
-                self.acceptance.learn(
-                    request_id,
-                    len(draft),
-                    self._proposals[request_id].probs,
-                    num_accepted=len(tokens[request_id]) - 1,
-                )
+            if request_id not in tokens:
+                continue
+            each, num_accepted = self._candidates[request_id], len(tokens[request_id]) - 1
+            if each.is_models and self._model is not None:
+                self._model.learn(request_id, len(draft), each.proposal, num_accepted)
+            else:
+                probs = each.proposal.probs
+                self.acceptance.learn(request_id, len(draft), probs, num_accepted=num_accepted)
 
     def _account(self, took: float, without: float) -> float:
         """Of a step that sought drafts, and would have taken so long else; what that saved."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo.speculative.base import Outlook
 from octavo.speculative.proposer import NO_PROPOSAL, Proposal, Proposer
@@ -70,6 +70,22 @@ class DraftCounts:
                 positions += [0] * (len(draft) - len(positions))
             for i in range(num_accepted):
                 positions[i] += 1
+
+
+class Counting:
+    """A drafter that tells what its ``counts`` have counted."""
+
+    def __init__(self) -> None:
+        self.counts = DraftCounts()
+        self._told = DraftCounts()
+
+    def take_stats(self) -> WorkerStats | None:
+        if self.counts == self._told:
+            return None
+        stats = self.counts.since(self._told)
+        positions = list(self.counts.accepted_per_position)
+        self._told = replace(self.counts, accepted_per_position=positions)
+        return stats
 
 
 class GuardedProposer:

@@ -15,17 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.models.base import Model
+from octavo.models.base import Model, TappedPass, Taps
 from octavo.sampling import Sampled, Sampler, SamplingBatch
 from octavo.sampling.logprobs import score_hidden
 from octavo.sampling.sampler import NON_FINITE_MESSAGE
 from octavo.speculative import Drafter, NoDrafts, Outlook
 from octavo.types import ModelOutput, SchedulerOutput, TokenLogprobs
+from octavo.worker.drafting.base import NoWatcher, StepWatcher
 from octavo.worker.input_batch import InputBatch, StepBuffers, build_input_batch
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import KVTransfer
 from octavo.worker.replays import MAX_LOGITS_ROWS, ForwardReplays
 from octavo.worker.request_table import RequestTable
+from octavo.worker.sampling_rows import sampling_batch
 
 _log = logging.getLogger(__name__)
 _NO_DRAFTS: Mapping[str, Sequence[int]] = {}
@@ -59,7 +61,10 @@ class _Rows:
 
 
 class ModelRunner:
-    """Owns the request table and the K/V memory; one step at a time, in the order given."""
+    """Owns the request table and the K/V memory; one step at a time, in the order given.
+
+    ``taps``: what every forward pass leaves behind, for the ``watcher`` of what was computed.
+    """
 
     def __init__(
         self,
@@ -71,6 +76,8 @@ class ModelRunner:
         transfer: KVTransfer,
         max_num_tokens: int,
         drafter: Drafter | None = None,
+        watcher: StepWatcher | None = None,
+        taps: Taps | None = None,
         seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
@@ -79,9 +86,11 @@ class ModelRunner:
         self._sampler = sampler
         self._transfer = transfer
         self._drafter: Drafter = drafter or NoDrafts()
+        self._watcher: StepWatcher = watcher or NoWatcher()
         self._seconds = seconds
         self._buffers = StepBuffers(table, max_num_tokens=max_num_tokens)
-        self._forward = ForwardReplays(model, kv_caches=kv.layers, buffers=self._buffers).forward
+        used = model if taps is None else TappedPass(model, taps)
+        self._forward = ForwardReplays(used, kv_caches=kv.layers, buffers=self._buffers).forward
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelOutput:
@@ -171,6 +180,7 @@ class ModelRunner:
         except Exception as error:  # whatever it is, it must not take other requests with it
             return error
         self._commit(batch, found)
+        self._watcher.see(batch)
         results.tokens |= found.tokens
         results.logprobs |= found.logprobs
         results.prompt_logprobs |= found.prompt_logprobs
@@ -199,22 +209,11 @@ class ModelRunner:
         return found
 
     def _sampling_batch(self, batch: InputBatch, group: slice) -> SamplingBatch:
-        table = self._table
-        rows, depths = batch.rows[batch.samples[group]], batch.sample_depths[group]
-        has_params = table.logit_params.is_active[rows]
-        asks = table.wants_logprobs[rows]
-        return SamplingBatch(
-            slots=rows.astype(np.int32),
-            temperature=table.temperature[rows],
-            top_k=table.top_k[rows],
-            top_p=table.top_p[rows],
-            min_p=table.min_p[rows],
-            seeds=table.seeds[rows],
-            positions=(table.num_tokens[rows] + depths).astype(np.int64),
-            has_params=has_params,
-            params=table.logit_params.packed() if has_params.any() else None,
-            num_logprobs=[table.params(row).logprobs for row in rows] if asks.any() else (),
-            num_drafts=depths if batch.has_drafts else None,
+        return sampling_batch(
+            self._table,
+            batch.rows[batch.samples[group]],
+            depths=batch.sample_depths[group],
+            has_drafts=batch.has_drafts,
         )
 
     def _collect(self, batch: InputBatch, rows: _Rows, found: _Results) -> None:

@@ -9,12 +9,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from octavo.attention.base import AttentionMetadata, KVLayer
-from octavo.models.base import Model, Taps
+from octavo.models.base import Pass
 from octavo.worker.input_batch import InputBatch, StepBuffers
 from octavo_kernels.recording import Arena, Recording, UnrecordableError, recording
 
@@ -42,19 +41,11 @@ class ForwardReplays:
 
     The first time costs what a step costs, so a number of tokens that comes once is not recorded.
     A replay gives the same bits: it launches the same kernels. Where every token is one to draw
-    after, as in most steps, logits are part of the pass. ``taps``: what every pass leaves there.
+    after, as in most steps, logits are part of the pass.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        kv_caches: Sequence[KVLayer],
-        buffers: StepBuffers,
-        taps: Taps | None = None,
-    ) -> None:
+    def __init__(self, model: Pass, *, kv_caches: Sequence[KVLayer], buffers: StepBuffers) -> None:
         self._model = model
-        self._options: dict[str, Any] = {} if taps is None else {"taps": taps}
         self._kv_caches = kv_caches
         self._buffers = buffers
         self._arena = Arena()
@@ -74,8 +65,14 @@ class ForwardReplays:
         With them logits [T, V] where each of few tokens is one to draw after, else None. Raises
         ValueError for what kernels find wrong with the batch, and what the model raises.
         """
-        num_tokens = len(batch.token_ids)
-        kind = num_tokens, num_tokens == len(batch.samples) and num_tokens <= MAX_LOGITS_ROWS
+        has_logits = len(batch.token_ids) == len(batch.samples) <= MAX_LOGITS_ROWS
+        return self.run(batch.token_ids, batch.attn, has_logits=has_logits)
+
+    def run(
+        self, token_ids: Tensor, attn: AttentionMetadata, *, has_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same of tokens and metadata that lie in the buffers."""
+        kind = len(token_ids), has_logits
         found = self._passes.get(kind)
         if found is not None:
             self._passes.move_to_end(kind)
@@ -89,20 +86,20 @@ class ForwardReplays:
                 self._is_able = False
                 _log.warning("steps are not replayed, which costs time: %s", error)
         self._seen.add(kind)
-        hidden, logits = self._run(batch.token_ids, batch.attn, has_logits=kind[1])
-        batch.attn.check()
+        hidden, logits = self._pass(token_ids, attn, has_logits=has_logits)
+        attn.check()
         return hidden, logits
 
-    def _run(
+    def _pass(
         self, token_ids: Tensor, attn: AttentionMetadata, *, has_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = self._model.forward(token_ids, attn, self._kv_caches, **self._options)
+        hidden = self._model.forward(token_ids, attn, self._kv_caches)
         return hidden, self._model.compute_logits(hidden) if has_logits else None
 
     def _record(self, kind: _Kind) -> tuple[Tensor, Tensor | None]:
         token_ids, attn = self._buffers.of_any_batch(kind[0])
         with recording(self._arena) as launches:
-            hidden, logits = self._run(token_ids, attn, has_logits=kind[1])
+            hidden, logits = self._pass(token_ids, attn, has_logits=kind[1])
         attn.check()
         self._passes[kind] = _Pass(launches=launches, attn=attn, hidden=hidden, logits=logits)
         self._num_bytes += launches.num_bytes

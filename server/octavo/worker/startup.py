@@ -17,6 +17,7 @@ from octavo.platforms.quantization import Quantization, choose, listed
 from octavo.sampling import Sampler
 from octavo.speculative import make_drafter
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
+from octavo.worker.drafting.startup import Drafting, LoadedDraftModel, LoadedHead
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import CPUTransfer, NoTransfer, plan_host_slots
 from octavo.worker.model_runner import ModelRunner
@@ -117,18 +118,26 @@ def quantization_label(precision: Precision, kinds: Sequence[str]) -> str:
 
 
 def make_runner(
-    config: EngineConfig, *, model: Model, cache_dtype: torch.dtype
+    config: EngineConfig,
+    *,
+    model: Model,
+    cache_dtype: torch.dtype,
+    drafting: LoadedHead | LoadedDraftModel | None = None,
 ) -> tuple[CachePlan, ModelRunner]:
-    """Sizes and reserves the cache, and puts table, sampler and model together."""
+    """Sizes and reserves the cache, and puts table, sampler and models together."""
     block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
     cache_spec = kv_cache_spec(model.spec, block_size=block_size, dtype=cache_dtype)
     block_bytes, available_bytes = model.backend.block_bytes(cache_spec), available_memory()
     num_host_slots = plan_host_slots(
         config.cache, block_bytes=block_bytes, available_bytes=available_bytes
     )
+    draft_spec, draft_bytes = None, 0
+    if drafting is not None:
+        draft_spec = drafting.kv_spec(block_size=block_size, dtype=cache_dtype)
+        draft_bytes = model.backend.block_bytes(draft_spec)
     plan = plan_cache(
         config.cache,
-        block_bytes=block_bytes,
+        block_bytes=block_bytes + draft_bytes,
         wanted_len=config.model.max_model_len,
         model_len=model.spec.max_model_len,
         max_num_seqs=max_num_seqs,
@@ -136,20 +145,34 @@ def make_runner(
     )
     plan = replace(plan, num_host_slots=num_host_slots)
     kv = KVTensors(model.backend, cache_spec, num_blocks=plan.num_blocks)
+    table = RequestTable(
+        max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, block_size=block_size
+    )
+    max_num_tokens = max_num_batched_tokens(
+        config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs
+    )
+    attached: Drafting | None = None
+    if drafting is not None and draft_spec is not None:
+        attached = drafting.attach(
+            table,
+            kv_caches=model.backend.allocate(draft_spec, num_blocks=plan.num_blocks),
+            max_num_tokens=max_num_tokens,
+        )
     runner = ModelRunner(
         model,
-        table=RequestTable(
-            max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, block_size=block_size
-        ),
+        table=table,
         kv=kv,
         sampler=Sampler(model.spec.vocab_size),
         transfer=(
             CPUTransfer(kv.layers, num_slots=num_host_slots) if num_host_slots else NoTransfer()
         ),
-        max_num_tokens=max_num_batched_tokens(
-            config.scheduler.max_num_batched_tokens, max_num_seqs=max_num_seqs
+        max_num_tokens=max_num_tokens,
+        drafter=make_drafter(
+            SpeculativeConfig.from_json(config.scheduler.speculative_config),
+            model=None if attached is None else attached.proposer,
         ),
-        drafter=make_drafter(SpeculativeConfig.from_json(config.scheduler.speculative_config)),
+        watcher=None if attached is None else attached.watcher,
+        taps=None if attached is None else attached.taps,
     )
     return plan, runner
 

@@ -54,6 +54,7 @@ def build_worker(config: EngineConfig) -> tuple[Executor, EngineInfo]:
 def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo]:
     from octavo.checkpoint import resolve
     from octavo.worker import startup
+    from octavo.worker.drafting.startup import load_drafting
     from octavo.worker.executor import InlineExecutor, ThreadExecutor
     from octavo.worker.sizing import max_num_batched_tokens
 
@@ -64,8 +65,17 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
     precision = startup.choose_precision(config, files=files)
     with startup.kernels_compiled(precision):
         model, kinds = startup.load(config, files=files, spec=files.spec, precision=precision)
+        drafting = load_drafting(
+            config,
+            files=files,
+            target=model,
+            quantization=precision.quantization,
+            dtype=precision.dtype,
+        )
         phases.end("load")
-        plan, runner = startup.make_runner(config, model=model, cache_dtype=precision.cache_dtype)
+        plan, runner = startup.make_runner(
+            config, model=model, cache_dtype=precision.cache_dtype, drafting=drafting
+        )
         phases.end("cache")
     startup.warm(runner, plan=plan, block_size=config.cache.block_size, block_kinds=kinds)
     phases.end("warm")

@@ -1,0 +1,110 @@
+"""Fills a draft head from its files, once it is sure to fit the target. Knows names of tensors."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from octavo.checkpoint.draft_head import DraftHeadFiles
+from octavo.models.base import Model
+from octavo.models.draft_head import LAYER, DraftHead
+from octavo.models.fingerprint import is_same_target, target_fingerprint
+from octavo.models.loader import copy_rows
+from octavo.models.weights import CheckpointTensor, safetensors_tensors
+from octavo.platforms.base import Platform
+
+_HEAD, _VECTORS, _OFFSETS, _IS_DRAFTED = "lm_head.weight", "embed_tokens.weight", "d2t", "t2d"
+_ROWS = 4096  # of the target's output matrix that are read at a time
+
+
+def load_draft_head(
+    files: DraftHeadFiles,
+    *,
+    target: Model,
+    target_name: str,
+    platform: Platform,
+    dtype: torch.dtype,
+    max_model_len: int,
+) -> DraftHead:
+    """The head, ready to run beside its target.
+
+    Raises ValueError where it was made for another model, naming both, and for tensors that are
+    missing, unexpected or misshapen.
+    """
+    _check_target(files, target=target, target_name=target_name)
+    tensors = {_plain_name(each.name): each for each in safetensors_tensors(files.weights)}
+    tensors.pop(_IS_DRAFTED, None)
+    offsets = tensors.pop(_OFFSETS, None)
+    head = DraftHead(
+        files.spec,
+        target=target,
+        platform=platform,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        has_embedding=_VECTORS in tensors,
+    )
+    if offsets is not None:
+        _set_token_ids(head, offsets)
+    slots = head.slots()
+    missing = sorted(set(slots) - set(tensors) - {_HEAD})
+    if missing:
+        raise ValueError(f"draft head {files.name} lacks {', '.join(missing)}")
+    for name, tensor in tensors.items():
+        if name not in slots:
+            raise ValueError(
+                f"a draft head has no place for the tensor {name} {list(tensor.shape)} in "
+                f"{tensor.path}"
+            )
+        copy_rows(tensor, slots[name])
+    if _HEAD not in tensors:  # the target's rows of the tokens that it drafts
+        for start in range(0, len(head.token_ids), _ROWS):
+            slots[_HEAD].write(target.head_rows(head.token_ids[start : start + _ROWS]), start)
+    return head
+
+
+def _check_target(files: DraftHeadFiles, *, target: Model, target_name: str) -> None:
+    spec, theirs = files.spec, target.spec
+    for what, own, other in (
+        ("hidden size", spec.layer.hidden_size, theirs.hidden_size),
+        ("vocabulary", spec.layer.vocab_size, theirs.vocab_size),
+    ):
+        if own != other:
+            raise ValueError(
+                f"draft head {files.name} is for a model with a {what} of {own}, and "
+                f"{target_name} has {other}"
+            )
+    spec.taps_of(theirs)
+    wanted = spec.target_fingerprint
+    if wanted and not is_same_target(wanted, target_fingerprint(target)):
+        trained_for = spec.target_name or "another model"
+        raise ValueError(
+            f"draft head {files.name} was trained for {trained_for}, whose weights are not those "
+            f"of {target_name}"
+        )
+
+
+def _plain_name(name: str) -> str:
+    name = name.removeprefix("model.")
+    return LAYER + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+
+
+def _set_token_ids(head: DraftHead, tensor: CheckpointTensor) -> None:
+    """By the distance of each token of the draft vocabulary from its place in it."""
+    size = head.spec.draft_vocab_size
+    if tensor.shape != (size,):
+        raise ValueError(
+            f"{tensor.path}: tensor {_OFFSETS} has shape {list(tensor.shape)}, "
+            f"the config says {[size]}"
+        )
+    with safe_open(tensor.path, framework="pt") as file:
+        names = {_plain_name(name): name for name in file.keys()}  # noqa: SIM118 (no mapping)
+        offsets: Tensor = file.get_tensor(names[_OFFSETS])
+    token_ids = torch.arange(size) + offsets.to(torch.int64)
+    vocab_size = head.spec.layer.vocab_size
+    if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+        raise ValueError(
+            f"{tensor.path}: tensor {_OFFSETS} leads to tokens {int(token_ids.min())} to "
+            f"{int(token_ids.max())}, and there are {vocab_size}"
+        )
+    head.token_ids = token_ids

@@ -1,0 +1,1 @@
+"""Drafts by models: the tensor side of `octavo.speculative.BatchProposer`."""

@@ -1,0 +1,185 @@
+"""A trained head that drafts from the target's hidden states. Knows places and K/V; no training.
+
+It sees only tokens whose hidden states pass by while it looks: of a prompt the last few, and then
+all that is generated. Where it has missed some, because there were too many requests or drafts did
+not pay, it begins anew from the last ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.attention.base import KVLayer
+from octavo.models import Taps
+from octavo.models.draft_head import DraftHead, OwnPass, TapPass
+from octavo.types import SchedulerOutput
+from octavo.worker.drafting.base import Job
+from octavo.worker.drafting.places import MAX_JOBS, Places
+from octavo.worker.input_batch import InputBatch
+from octavo.worker.replays import ForwardReplays
+from octavo.worker.request_table import RequestTable
+
+_AGAIN = 32  # places that are read when it begins anew
+_ROOM = 32  # places more than are read at once that are kept for a request
+
+
+class _Reading:
+    """Of a request the places [first, done) have K/V; taps of [done, done + count) wait.
+
+    ``first`` is where its sequence begins, or -1: nothing has K/V.
+    """
+
+    __slots__ = ("count", "done", "first", "taps")
+
+    def __init__(self, num_kept: int, width: int) -> None:
+        self.taps = torch.empty(num_kept, width)
+        self.first, self.done, self.count = -1, 0, 0
+
+    def restart(self, place: int) -> None:
+        self.first, self.done, self.count = -1, place, 0
+
+    def keep_last(self, count: int) -> None:
+        """Forgets what waits but for the last places."""
+        dropped = self.count - count
+        if dropped > 0:
+            self.taps[:count] = self.taps[dropped : self.count].clone()
+            self.restart(self.done + dropped)
+            self.count = count
+
+
+class HeadGuesser:
+    """`Guesser` and `StepWatcher` by a draft head.
+
+    ``taps``: where the target leaves its hidden states. ``most_requests``: in a step that it looks
+    at.
+    """
+
+    def __init__(
+        self,
+        head: DraftHead,
+        *,
+        table: RequestTable,
+        kv_cache: KVLayer,
+        taps: Taps,
+        most_requests: int,
+    ) -> None:
+        self._head = head
+        self._table = table
+        self._taps = taps
+        self._most_requests = most_requests
+        self._max_len = head.max_len
+        self._num_kept = head.spec.num_read + _ROOM
+        self._places = Places(table, max_num_tokens=MAX_JOBS * self._num_kept)
+        size = head.spec.layer.hidden_size
+        self._waiting = torch.empty(self._places.max_num_tokens, taps.out.shape[1])
+        self._features = torch.empty(MAX_JOBS, size)
+        buffers = self._places.buffers
+        self._reads, self._guesses = (
+            ForwardReplays(each, kv_caches=[kv_cache], buffers=buffers)
+            for each in (TapPass(head, self._waiting), OwnPass(head, self._features))
+        )
+        self._hidden = self._features  # of the last pass, a row for each job
+        self._readings: dict[str, _Reading] = {}
+        self.num_read = 0
+
+    def begin(self, step: SchedulerOutput) -> None:
+        for request_id in step.finished_request_ids:
+            self._readings.pop(request_id, None)
+        for request in step.new_requests:
+            self._readings.pop(request.request_id, None)
+
+    def see(self, batch: InputBatch) -> None:
+        if len(batch.rows) > self._most_requests:
+            return
+        starts = batch.attn.query_start_loc.tolist()
+        firsts = batch.attn.positions.numpy()[starts[:-1]].tolist()
+        ends = self._table.num_computed_tokens[batch.rows].tolist()
+        for request_id, at, first, end in zip(
+            batch.request_ids, starts[:-1], firsts, ends, strict=True
+        ):
+            if end > first:
+                self._keep(request_id, first, self._taps.out[at : at + end - first])
+
+    def _keep(self, request_id: str, place: int, taps: Tensor) -> None:
+        reading = self._readings.get(request_id)
+        if reading is None:
+            reading = self._readings[request_id] = _Reading(self._num_kept, taps.shape[1])
+            reading.restart(place)
+        if reading.done + reading.count != place:
+            reading.restart(place)
+        most = self._head.spec.num_read
+        if len(taps) > most:
+            place, taps = place + len(taps) - most, taps[-most:]
+            reading.restart(place)
+        if reading.count + len(taps) > self._num_kept:
+            reading.keep_last(min(_AGAIN, self._num_kept - len(taps)))
+        reading.taps[reading.count : reading.count + len(taps)] = taps
+        reading.count += len(taps)
+
+    def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Tensor | None]:
+        self.num_read = 0
+        ready = [job for job in jobs if self._is_ready(job)]
+        if not ready:
+            return [], None
+        readings = [self._readings[job.request_id] for job in ready]
+        counts = [reading.count for reading in readings]
+        at = 0
+        for reading in readings:
+            self._waiting[at : at + reading.count] = reading.taps[: reading.count]
+            at += reading.count
+        token_ids = self._table.token_ids
+        ids, attn = self._places.write(
+            [job.row for job in ready],
+            firsts=[reading.done for reading in readings],
+            counts=counts,
+            token_ids=[
+                token_ids[job.row, reading.done + 1 : reading.done + 1 + reading.count]
+                for job, reading in zip(ready, readings, strict=True)
+            ],
+            origins=[reading.first for reading in readings],
+        )
+        hidden, logits = self._reads.run(ids, attn, has_logits=len(ids) == len(ready))
+        for reading in readings:
+            reading.done += reading.count
+            reading.count = 0
+        if logits is None:
+            hidden = hidden[torch.tensor(counts).cumsum(0) - 1]
+            logits = self._head.compute_logits(hidden)
+        self._hidden, self.num_read = hidden, at
+        return ready, logits
+
+    def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Tensor:
+        rows = self._hidden if len(kept) == len(self._hidden) else self._hidden[list(kept)]
+        self._features[: len(jobs)] = rows
+        ids, attn = self._places.write(
+            [job.row for job in jobs],
+            # The place before the draft's own, as ever.
+            firsts=[job.num_known + len(job.drafts) - 2 for job in jobs],
+            counts=[1] * len(jobs),
+            token_ids=[job.drafts[-1:] for job in jobs],
+            origins=[self._readings[job.request_id].first for job in jobs],
+        )
+        self._hidden, logits = self._guesses.run(ids, attn, has_logits=True)
+        assert logits is not None
+        return logits
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether all of its computed places have been seen, from the first of a block on."""
+        reading = self._readings.get(job.request_id)
+        if reading is None or reading.done + reading.count != job.num_known - 1:
+            return False
+        if reading.first >= 0 and job.num_known + job.depth - reading.first > self._max_len:
+            reading.restart(job.num_known - 1)  # what waits is lost: it begins with what comes
+            return False
+        if reading.first < 0:
+            size = self._table.block_size
+            first = -(-reading.done // size) * size
+            left = reading.done + reading.count - first
+            if left <= 0:
+                return False
+            reading.keep_last(left)
+            reading.first = first
+        return reading.count > 0
