@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from octavo.speculative.controller import Regime
 from octavo.speculative.cost import StepCosts
+from octavo.speculative.regime import Regime
 from octavo.speculative.sources import DraftCounts
 from octavo.types import SchedulerOutput, WorkerStats
 from octavo.worker.gpu.chances import Chances
