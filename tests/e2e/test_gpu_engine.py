@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from octavo.checkpoint import resolve
 from octavo.checkpoint.gguf_tokenizer import dummy_tokenizer
 from octavo.config import ModelConfig
+from octavo.engine.outputs import DraftStats
 from octavo.llm import LLM
 from octavo.models import load_model
 from octavo.platforms.cpu import CPUPlatform
@@ -92,6 +93,47 @@ def test_offline_tokens_are_the_cpus(checkpoint: Path, expected: list[list[int]]
     shape = model_shape(spec, dtype=torch.float32, cache_dtype=torch.float32, block_size=16)
     listed = {launch.key for launch in launches(shape)}
     assert len(keys) > 10 and keys <= listed, "nothing else may be compiled while serving"
+
+
+def drafted(
+    checkpoint: Path, method: str, **options: Any
+) -> tuple[list[tuple[list[int], Any]], list[DraftStats]]:
+    """Tokens, log-probabilities and drafts of requests that draw from few tokens."""
+    llm = LLM(
+        str(checkpoint),
+        dtype="bfloat16",
+        device="cuda",
+        max_num_seqs=4,
+        speculative_config={"method": method, "num_speculative_tokens": 3},
+        **options,
+    )
+    few = {"max_tokens": 12, "ignore_eos": True, "allowed_token_ids": [5, 6, 7], "logprobs": 1}
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 4, "temperature": 0.8, "frequency_penalty": 0.3, "bad_words": ["a"]},
+    ]
+    found = llm.generate([[5, 6, 7, 5, 6], [7, 5, 7, 5]], [few | kind for kind in kinds])
+    outputs = [answer.outputs[0] for answer in found]
+    tokens = [(list(output.token_ids), output.logprobs) for output in outputs]
+    return tokens, [output.draft_stats for output in outputs]
+
+
+@interpreted
+def test_drafts_leave_bits_as_they_are_and_compile_nothing(checkpoint: Path) -> None:
+    """Through the attention kernels of requests that decode, several tokens of each at a time."""
+    want, none = drafted(checkpoint, "off")
+    assert none == [DraftStats()] * 2
+    spec = resolve(ModelConfig(model=str(checkpoint))).spec
+    shape = model_shape(spec, dtype=torch.bfloat16, cache_dtype=torch.bfloat16, block_size=16)
+    listed = {launch.key for launch in launches(shape)}
+    for method in ("ngram", "auto"):
+        with recording() as keys:
+            found, drafts = drafted(checkpoint, method, check_kv_invariants=True)
+        assert found == want
+        assert keys <= listed, "nothing else may be compiled while serving"
+        if method == "ngram":
+            accepted = sum(each.num_accepted_tokens for each in drafts)
+            assert 0 < accepted < sum(each.num_draft_tokens for each in drafts)
 
 
 @pytest.fixture(scope="module")

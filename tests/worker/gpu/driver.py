@@ -86,6 +86,7 @@ class Driver:
         self.outcomes: dict[str, Outcome] = {}
         self.num_preemptions = self.num_hits = self.num_replayed = 0
         self.num_steps = self.num_drafts = self.num_accepted = 0
+        self.num_told = self.num_told_accepted = 0  # drafts, by the requests' own news
 
     def add(self, *requests: EngineRequest) -> None:
         for request in requests:
@@ -107,6 +108,9 @@ class Driver:
             outcome.logprobs += news.new_logprobs
             outcome.prompt_logprobs += news.new_prompt_logprobs
             outcome.finish, outcome.error = news.finish_reason, news.error
+            if news.drafts is not None:
+                self.num_told += news.drafts[0]
+                self.num_told_accepted += news.drafts[1]
 
     def run(self, *waves: Sequence[EngineRequest]) -> dict[str, Outcome]:
         for wave in waves:

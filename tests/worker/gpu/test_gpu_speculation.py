@@ -130,6 +130,8 @@ def test_drafts_change_no_token(around: str, make_driver: Make, without: Without
     for name in want:
         assert found[name] == want[name], name
     assert 0 < driver.num_accepted < driver.num_drafts
+    assert 0 < driver.num_told_accepted <= driver.num_accepted
+    assert driver.num_told_accepted < driver.num_told <= driver.num_drafts
     assert (driver.num_replayed > 0) == (around == "graphs")
     driver.check_that_nothing_leaked()
 

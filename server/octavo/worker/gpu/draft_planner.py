@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from octavo.speculative.cost import StepCosts
+from octavo.speculative.last_minute import LastMinute
 from octavo.speculative.regime import Regime
 from octavo.speculative.sources import DraftCounts
 from octavo.types import SchedulerOutput, WorkerStats
@@ -43,6 +44,16 @@ class Outcome:
     is_typical: bool  # whether such steps will take about as long
     # Request -> its drafts, and how many of them had been looked up rather than made up.
     drafts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def num_verified(self) -> Mapping[str, int]:
+        """Drafts of requests that drew, as they are told to people: those that were looked up, and
+        made up ones only where one was accepted."""
+        return {
+            request_id: number
+            for request_id, (number, found) in self.drafts.items()
+            if request_id in self.tokens and (found or len(self.tokens[request_id]) > 1)
+        }
 
 
 class DraftPlanner(Protocol):
@@ -79,18 +90,12 @@ NO_DRAFTS: DraftPlanner = _NoDrafts()
 
 
 class _Counting:
-    """Counts drafts: those that were looked up, and others only where one was accepted."""
-
     def __init__(self) -> None:
         self.counts = DraftCounts()
         self._told = DraftCounts()
 
     def count(self, outcome: Outcome) -> None:
-        drafts = {
-            request_id: range(number)
-            for request_id, (number, found) in outcome.drafts.items()
-            if found or len(outcome.tokens.get(request_id, ())) > 1
-        }
+        drafts = {name: range(number) for name, number in outcome.num_verified.items()}
         self.counts.add(drafts, outcome.tokens)
 
     def add_stats(self, stats: WorkerStats) -> WorkerStats:
@@ -100,13 +105,11 @@ class _Counting:
         positions = list(self.counts.accepted_per_position)
         self._told = replace(self.counts, accepted_per_position=positions)
         return replace(
-            stats,
-            drafts=new.drafts,
-            draft_tokens=new.draft_tokens,
-            accepted_tokens=new.accepted_tokens,
-            accepted_per_position=new.accepted_per_position,
-            draft_seconds_saved=new.draft_seconds_saved,
-            speculation_switched_off=new.speculation_switched_off,
+            new,
+            graph_steps=stats.graph_steps,
+            eager_steps=stats.eager_steps,
+            graphs_captured=stats.graphs_captured,
+            kernel_compiles=stats.kernel_compiles,
         )
 
 
@@ -145,6 +148,7 @@ class AutoPlanner(_Counting):
         self.costs = StepCosts()
         self.chances = Chances()
         self.regime = Regime(self.counts)
+        self._last_minute = LastMinute()
         self._max_drafts = max_drafts
         self._max_samples = max_samples
         self._sizes = [size for size in step_sizes if size < max_samples] + [max_samples]
@@ -226,7 +230,7 @@ class AutoPlanner(_Counting):
 
     def learn(self, outcome: Outcome) -> None:
         self.regime.pass_step(outcome.seconds)
-        number = outcome.num_requests
+        number, saved = outcome.num_requests, 0.0
         if outcome.is_plain and number:
             # As it was expected before this step.
             expected = self.costs.of(number).seconds(number)
@@ -234,9 +238,12 @@ class AutoPlanner(_Counting):
                 self.costs.observe(number, outcome.num_tokens, outcome.seconds)
             if outcome.drafts:
                 without = expected * sum(map(len, outcome.tokens.values())) / number
-                self.counts.seconds_saved += without - outcome.seconds
+                saved = without - outcome.seconds
+                self.counts.seconds_saved += saved
                 self.counts.seconds_without += without
                 self.regime.account(seconds=outcome.seconds, without=without)
+        if self._last_minute.add(outcome.seconds, saved):
+            self.counts.gain = self._last_minute.gain
         if outcome.drafts:
             self.count(outcome)
             for request_id, (drafts, _) in outcome.drafts.items():

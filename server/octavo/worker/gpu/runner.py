@@ -311,7 +311,8 @@ class GpuRunner:
             tokens.pop(request_id, None)
             logprobs.pop(request_id, None)
             prompt_logprobs.pop(request_id, None)
-        self._learn(flight, drawn)
+        outcome = self._outcome(flight, drawn)
+        self._planner.learn(outcome)
         return ModelOutput(
             step=flight.step,
             sampled_token_ids=tokens,
@@ -319,6 +320,7 @@ class GpuRunner:
             prompt_logprobs=prompt_logprobs,
             errors=failed,
             damaged_blocks=flight.loads.damaged(),
+            num_draft_tokens=outcome.num_verified if outcome.drafts else {},
             num_drafts_wanted=self._planner.num_wanted,
             worker=self._planner.add_stats(self._graphs.take_stats()),
         )
@@ -354,9 +356,9 @@ class GpuRunner:
                 drawn.logprobs[request_id] = tuple(map(sampled.logprobs.__getitem__, run))
         return drawn
 
-    def _learn(self, flight: InFlight, drawn: _Drawn) -> None:
-        """Tells the planner what a step yielded, and how long the device was at it: steps run one
-        after the other."""
+    def _outcome(self, flight: InFlight, drawn: _Drawn) -> Outcome:
+        """What a step yielded, for the planner. Steps run one after the other: it took from the end
+        of the one before it."""
         now = self._seconds()
         began, self._finished = max(self._finished, flight.launched), now
         batch = flight.batch
@@ -374,7 +376,7 @@ class GpuRunner:
             pairs = zip(batch.sample_ids, counts, strict=True)
             drafts = {request_id: pair for request_id, pair in pairs if pair[0]}
             outcome = replace(outcome, drafts=drafts)
-        self._planner.learn(outcome)
+        return outcome
 
     def _failed(self, batch: StepBatch, errors: Mapping[int, str]) -> dict[str, str]:
         """Requests of the batch that failed, here or before -> message."""
