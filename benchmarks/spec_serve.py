@@ -43,7 +43,7 @@ MODES: Mapping[str, str] = {
     "auto": '{"method": "auto"}',
 }
 # Enough to tell a few percent, all three sets and modes within twelve minutes on two cores.
-REQUESTS = "1:6,2:8,4:12,8:16,16:24,32:40,64:64"
+REQUESTS = "1:12,2:12,4:16,8:20,16:24,32:36,64:64"
 _SERVE = "-m octavo serve --served-model-name m --max-model-len 2048 --max-num-seqs 64"
 _COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts_total",
@@ -349,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--config", type=_named, action="append", default=[], metavar="NAME=JSON", help="more")
     add("--concurrency", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64])
     add("--requests", type=_counts, default=_counts(REQUESTS), help="by concurrency")
-    add("--tokens", type=int, default=128, help="most of an answer")
+    add("--tokens", type=int, default=96, help="most of an answer")
     add("--reps", type=int, default=1)
     add("--warm", type=int, default=4, help="conversations before the first turn")
     add("--flags", default="", help="more flags for octavo serve")
