@@ -1,10 +1,11 @@
 """Attention over paged keys and values on the CPU. Knows addresses; knows nothing of models.
 
 One work item is (request, chunk of its query tokens, kv head); the query heads of the group and
-the chunk's tokens are its rows. A row runs over its keys in partitions of 512 and tiles of 64 keys
-that lie at absolute positions: inside a partition an online softmax, then the partitions are merged
-in ascending order. So a row's arithmetic follows from its position alone, whatever the chunk, the
-batch or the thread.
+the chunk's tokens are its rows. Where there are many short items, one takes all kv heads of a
+request, as a block's heads lie side by side. A row runs over its keys in partitions of 512 and
+tiles of 64 keys that lie at absolute positions: inside a partition an online softmax, then the
+partitions are merged in ascending order. So a row's arithmetic follows from its position alone,
+whatever the chunk, the item, the batch or the thread.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -27,6 +28,7 @@ from octavo_kernels.paged_attention.cpu_plan import (
     CHUNK_TOKENS,
     DIM,
     GROUP,
+    ITEM_HEADS,
     NEXT_ITEM,
     NUM_BLOCKS,
     NUM_FINISHED,
@@ -67,6 +69,7 @@ from octavo_kernels.simd import (
     LANES,
     get_f32,
     get_i32,
+    get_i64,
     load_f32,
     mul,
     put_f32,
@@ -75,9 +78,8 @@ from octavo_kernels.simd import (
     store_f32,
 )
 
-# Scratch of one part, in bytes: score rows, rescale factors, ones, then of even and of odd tiles
-# the addresses of keys and of values, so that a tile's loops can ask for the next one's, and V's
-# scales.
+# Scratch of one part, in bytes: score rows, rescale factors, ones, then two tables of addresses of
+# a tile's keys and values, so that a tile's loops can ask for the next one's, and V's scales.
 _FACTORS = 4 * MAX_ROWS * TILE
 _ONES = _FACTORS + 4 * LANES
 _TABLES = _ONES + 4 * LANES
@@ -114,7 +116,7 @@ class _Layer(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """Where one request's keys and values of one kv head lie."""
+    """Where one request's keys and values of an item's first kv head lie."""
 
     k: int
     v: int
@@ -183,6 +185,13 @@ def _point(layout, head, keys, tile, first_key, last_key):
 
 
 @device
+def _point_on(keys, ahead, nbytes):
+    """Fill the address table `ahead` with the places `nbytes` after those of the table `keys`."""
+    for at in range(0, _TABLE_BYTES, 8):
+        put_i64(ahead + at, get_i64(keys + at) + nbytes)
+
+
+@device
 def _soften(tag, layout, state, work, values, first, n, token, pos, base):
     """The online softmax step of each row of a row tile, over the keys at `base` that it sees."""
     scales, scaled_lo, scaled_hi = work + _SCALES, 0, 0
@@ -216,34 +225,48 @@ def _reset(state, num_rows, dim):
 
 
 @device
-def _partition(tag, layout, head, state, partition, q, work, num_rows, position):
-    """One partition of keys for all rows of an item, whose first token stands at `position`."""
-    dim, group, window = layout.dim, layout.group, layout.window
-    _reset(state, num_rows, dim)
-    last_key = min((partition + 1) * PARTITION - 1, position + (num_rows - 1) // group)
-    first_key = max(partition * PARTITION, oldest_key(position, window))
+def _tile(tag, layout, state, tile, keys, ahead, q, work, num_rows, position):
+    """One tile of one kv head's keys, whose addresses are in the table `keys`, for all its rows."""
+    dim, group, window, base = layout.dim, layout.group, layout.window, tile * TILE
+    values = keys + 8 * SUBS
     num_row_tiles = (num_rows + MAX_ROWS - 1) // MAX_ROWS
     step = (num_rows + num_row_tiles - 1) // num_row_tiles
-    tile = first_key // TILE
-    _point(layout, head, work + _TABLES + _TABLE_BYTES * (tile & 1), tile, first_key, last_key)
+    for first in range(0, num_rows, step):
+        n = min(step, num_rows - first)
+        token_a, token_b = first // group, (first + n - 1) // group
+        pos_a, pos_b = position + token_a, position + token_b
+        if pos_b < base or oldest_key(pos_a, window) >= base + TILE:
+            continue
+        scores(tag, n, q + 4 * dim * first, keys, values, work, dim, layout.key_stride)
+        _soften(tag, layout, state, work, values, first, n, token_a, pos_a, base)
+        acc = state.acc + 4 * dim * first
+        _weigh_row_tile(tag, layout, work, values, ahead, first, n, token_a, token_b, pos_a,
+                        base, acc)  # fmt: skip
+
+
+@device
+def _partition(tag, layout, head, heads, state, partition, q, work, num_rows, position):
+    """One partition of keys for all rows of an item, whose first token stands at `position`.
+
+    Rows of its `heads` kv heads, `num_rows` each, lie one head after the other.
+    """
+    dim, window = layout.dim, layout.window
+    _reset(state, heads * num_rows, dim)
+    last_key = min((partition + 1) * PARTITION - 1, position + (num_rows - 1) // layout.group)
+    first_key = max(partition * PARTITION, oldest_key(position, window))
+    tile, keys, ahead = first_key // TILE, work + _TABLES, work + _TABLES + _TABLE_BYTES
+    _point(layout, head, keys, tile, first_key, last_key)
     for tile in range(first_key // TILE, last_key // TILE + 1):
-        base = tile * TILE
-        keys = work + _TABLES + _TABLE_BYTES * (tile & 1)
-        ahead = work + _TABLES + _TABLE_BYTES * (~tile & 1)
-        values = keys + 8 * SUBS
-        # Past the last tile this repeats its last keys, which costs nothing.
-        _point(layout, head, ahead, tile + 1, first_key, last_key)
-        for first in range(0, num_rows, step):
-            n = min(step, num_rows - first)
-            token_a, token_b = first // group, (first + n - 1) // group
-            pos_a, pos_b = position + token_a, position + token_b
-            if pos_b < base or oldest_key(pos_a, window) >= base + TILE:
-                continue
-            scores(tag, n, q + 4 * dim * first, keys, values, work, dim, layout.key_stride)
-            _soften(tag, layout, state, work, values, first, n, token_a, pos_a, base)
-            acc = state.acc + 4 * dim * first
-            _weigh_row_tile(tag, layout, work, values, ahead, first, n, token_a, token_b, pos_a,
-                            base, acc)  # fmt: skip
+        for index in range(heads):
+            if index + 1 < heads:
+                _point_on(keys, ahead, layout.head_bytes)
+            else:  # past the last tile this repeats its last keys, which costs nothing
+                _point(layout, head, ahead, tile + 1, first_key, last_key)
+            row = index * num_rows
+            mine = State(state.top + 4 * row, state.sums + 4 * LANES * row,
+                         state.acc + 4 * dim * row)  # fmt: skip
+            _tile(tag, layout, mine, tile, keys, ahead, q + 4 * dim * row, work, num_rows, position)
+            keys, ahead = ahead, keys
 
 
 @device
@@ -265,7 +288,8 @@ def _pack_query(tag, layer, packed, token, num_tokens, first_column, group, dim)
 def _attend_item(tag, layout, layer, request, head, slot, item, token, num_tokens, position, part):
     """All partitions of one work item, or of a split one the partition number `slot`."""
     plan, dim, group, window = layout.plan, layout.dim, layout.group, layout.window
-    max_rows, num_rows = field(plan, CHUNK_TOKENS) * group, num_tokens * group
+    heads, head_rows = field(plan, ITEM_HEADS), num_tokens * group
+    max_rows, num_rows = field(plan, CHUNK_TOKENS) * group * heads, head_rows * heads
     work = field(plan, SCRATCH) + part * field(plan, SCRATCH_STRIDE)
     packed = work + 4 * WORK_FLOATS
     acc = packed + 4 * max_rows * dim
@@ -286,30 +310,35 @@ def _attend_item(tag, layout, layer, request, head, slot, item, token, num_token
     shift = head * layout.head_bytes
     table = field(plan, TABLES) + 4 * request * field(plan, TABLE_STRIDE)
     where = _Head(layer.k + shift, layer.v + shift, table)
-    _pack_query(tag, layer, packed, token, num_tokens, head * group * dim, group, dim)
+    for index in range(heads):
+        _pack_query(tag, layer, packed + 4 * dim * head_rows * index, token, num_tokens,
+                    (head + index) * group * dim, group, dim)  # fmt: skip
     for partition in range(first, last + 1):
-        _partition(tag, layout, where, state, partition, packed, work, num_rows, position)
+        _partition(tag, layout, where, heads, state, partition, packed, work, head_rows, position)
         for row in range(0 if first == last else num_rows):
-            pos = position + row // group
+            pos = position + row % head_rows // group
             start = oldest_key(pos, window) // PARTITION
             if start <= partition <= pos // PARTITION:
                 merge_row(partition == start, whole_top + 4 * row, whole_sum + 4 * row,
                            whole_acc + 4 * row * dim, top + 4 * row,
                            lane_sum(sums + 4 * LANES * row), acc + 4 * row * dim, dim)  # fmt: skip
     for row in range(0 if is_split else num_rows):
-        at, member = token + row // group, row % group
+        at, member = token + row % head_rows // group, row % group
+        of_head = head + row // head_rows
         if first == last:
             total = lane_sum(sums + 4 * LANES * row)
-            emit_row(plan, layer.out, at, head, member, total, acc + 4 * row * dim)
+            emit_row(plan, layer.out, at, of_head, member, total, acc + 4 * row * dim)
         else:
             total = get_f32(whole_sum + 4 * row)
-            emit_row(plan, layer.out, at, head, member, total, whole_acc + 4 * row * dim)
+            emit_row(plan, layer.out, at, of_head, member, total, whole_acc + 4 * row * dim)
 
 
 @device
 def _attend(tag, itemsize, part, num_parts, plan, layer):
     block_size, dim, chunk = field(plan, BLOCK_SIZE), field(plan, DIM), field(plan, CHUNK_TOKENS)
     num_kv_heads, splits = field(plan, NUM_KV_HEADS), field(plan, NUM_SLOTS)
+    item_heads = field(plan, ITEM_HEADS)
+    items_per_chunk = num_kv_heads // item_heads * splits
     key_stride, key_bytes, value_bytes = block_size * itemsize, itemsize, dim * itemsize
     if is_coded(tag):
         key_stride, key_bytes, value_bytes = 0, dim + SCALE_BYTES, dim + SCALE_BYTES
@@ -332,13 +361,13 @@ def _attend(tag, itemsize, part, num_parts, plan, layer):
         while True:  # items of a request are contiguous, and this thread's items only ascend
             query_len = query_length(plan, request)
             chunks = (query_len + chunk - 1) // chunk
-            if item < passed + chunks * num_kv_heads * splits:
+            if item < passed + chunks * items_per_chunk:
                 break
-            passed += chunks * num_kv_heads * splits
+            passed += chunks * items_per_chunk
             request += 1
         local = item - passed
-        begin = chunk * (chunks - 1 - local // (num_kv_heads * splits))  # the longest work first
-        head, slot = local // splits % num_kv_heads, local % splits
+        begin = chunk * (chunks - 1 - local // items_per_chunk)  # the longest work first
+        head, slot = local % items_per_chunk // splits * item_heads, local % splits
         position = get_i32(field(plan, SEQ_LENS) + 4 * request) - query_len + begin
         _attend_item(tag, layout, layer, request, head, slot, item,
                      query_start(plan, request) + begin, min(chunk, query_len - begin), position,

@@ -15,11 +15,14 @@ PARTITION = 512  # keys; a multiple of a tile
 CHUNK_ROWS = 96  # rows of the widest work item: their state stays in the second-level cache
 # Multiply-adds of one kind (scores or values) below which waking a thread costs more than it saves.
 SERIAL_COST = 1 << 15
+# Items of whole requests for each thread from which on the last one's wait costs less than reading
+# a block's heads one after the other saves.
+_JOINED_ITEMS = 6
 
 # A plan is a row of int64. Words that threads write share no cache line with those they read.
 (CHUNK_TOKENS, NUM_ITEMS, SPLIT, NUM_SLOTS, ATTEND_PARTS, MERGE_PARTS, STARTS, SEQ_LENS,
  NUM_REQUESTS, NUM_TOKENS, TABLES, TABLE_STRIDE, MAX_KEYS, NUM_KV_HEADS, GROUP, DIM, BLOCK_SIZE,
- NUM_BLOCKS, WINDOW, SCRATCH, SCRATCH_STRIDE, PARTIALS) = range(22)  # fmt: skip
+ NUM_BLOCKS, WINDOW, SCRATCH, SCRATCH_STRIDE, PARTIALS, ITEM_HEADS) = range(23)  # fmt: skip
 STATUS, CULPRIT, OTHER_STATUS = 32, 33, 34
 NEXT_ITEM, NUM_FINISHED = 48, 49
 PLAN_WORDS = 64
@@ -109,6 +112,11 @@ def _divide(plan, num_threads, max_partials):
     if items * longest * slot_floats(chunk, group, dim) > max_partials:
         is_split = False
     items *= longest if is_split else 1
+    heads, joined = 1, items // field(plan, NUM_KV_HEADS)
+    is_joined = not is_split and joined >= _JOINED_ITEMS * num_threads
+    if is_joined and chunk * group * field(plan, NUM_KV_HEADS) <= CHUNK_ROWS:
+        items, heads = joined, field(plan, NUM_KV_HEADS)
+    put_i64(plan + 8 * ITEM_HEADS, heads)
     is_small = cost * field(plan, NUM_KV_HEADS) * group * dim < SERIAL_COST
     put_i64(plan + 8 * CHUNK_TOKENS, chunk)
     put_i64(plan + 8 * NUM_ITEMS, items)

@@ -48,6 +48,16 @@ SCALE_BYTES = 4  # per token and head, beside its codes
 CODE_LIMIT = 127.0  # of a cached code
 _FINE_LIMIT = 32767.0  # of a query's or a weight's code: 2**15 * 2**7 * 256 is below 2**31
 _TINIEST = 1e-30  # a row whose greatest element is below this is stored as zeros
+# Polynomial of 2**f on [-0.5, 0.5] that is 1 at 0, relative error 3e-6: weights have 15 bits.
+_EXP2 = (
+    1.0,
+    0.6931241933737909,
+    0.2402409861247365,
+    0.055906424936811305,
+    0.00958285307731605,
+)
+# Adding it rounds a float to the nearest integer and leaves 2's exponent for it in the low bits.
+_EXPONENT = MAGIC + 127.0
 _I1, _I8, _I16 = ir.IntType(1), ir.IntType(8), ir.IntType(16)
 _BYTES, _HALVES = ir.VectorType(_I8, 2 * LANES), ir.VectorType(_I16, 2 * LANES)
 # Bytes from a row of 64 weights (int16) to the float32 that they are multiples of.
@@ -67,7 +77,9 @@ def _widen(builder: Any, address: Any) -> Any:
 def _dot_pairs(builder: Any, total: Any, pairs: Any, others: Any) -> Any:
     """total + the sum of two int16 products in each int32 lane."""
     if _has_vnni():
-        return call_llvm(builder, "llvm.x86.avx512.vpdpwssd.512", VEC_I32, [total, pairs, others])
+        # No total reaches int32's bounds. The saturating form, as LLVM splits the other one up
+        # into two instructions where it thinks that they end earlier.
+        return call_llvm(builder, "llvm.x86.avx512.vpdpwssds.512", VEC_I32, [total, pairs, others])
     sixteen = ir.Constant(VEC_I32, [16] * LANES)
 
     def halves(x: Any) -> list[Any]:
@@ -143,9 +155,22 @@ def _any_lane(builder: Any, mask: Any) -> Any:
     return builder.icmp_unsigned("!=", bits, ir.IntType(LANES)(0))
 
 
-def _code(builder: Any, x: Any, kind: Any) -> Any:
-    """The 16 integers nearest to x, as `kind`."""
-    shifted = builder.fadd(x, const(MAGIC))
+def emit_exp2(builder: Any, x: Any) -> Any:
+    """`tile_ir.emit_exp2` with as many bits as weights have."""
+    low = builder.fcmp_ordered("<", x, const(-127.0))
+    x = builder.select(low, const(-127.0), x)
+    shifted = builder.fadd(x, const(_EXPONENT))
+    f = builder.fsub(x, builder.fsub(shifted, const(_EXPONENT)))
+    y = const(_EXP2[-1])
+    for c in reversed(_EXP2[:-1]):
+        y = fma(builder, y, f, const(c))
+    exponent = builder.shl(builder.bitcast(shifted, VEC_I32), ir.Constant(VEC_I32, [23] * LANES))
+    return builder.fmul(y, builder.bitcast(exponent, VEC))
+
+
+def _code(builder: Any, x: Any, factor: Any, kind: Any) -> Any:
+    """The 16 integers nearest to x * factor, as `kind`."""
+    shifted = fma(builder, x, factor, const(MAGIC))
     return builder.trunc(builder.bitcast(shifted, VEC_I32), ir.VectorType(kind, LANES))
 
 
@@ -184,9 +209,13 @@ def value_scales(typingctx, tag, values, dim, lo, hi, out):
 
 def store_weights(builder: Any, row: Any, p: list[Any], scales: Any) -> None:
     """A row's 64 probabilities times `value_scales` as int16, then what they are multiples of."""
-    for s, probability in enumerate(p):
-        scale = load(builder, offset(builder, scales, 4 * s * LANES))
-        codes = _code(builder, builder.fmul(probability, scale), _I16)
+    low_halves = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(0, 4 * LANES, 2)))
+    for s in range(0, SUBS, 2):
+        shifted = []
+        for t in (s, s + 1):
+            scale = load(builder, offset(builder, scales, 4 * t * LANES))
+            shifted.append(builder.bitcast(fma(builder, p[t], scale, const(MAGIC)), _HALVES))
+        codes = builder.shuffle_vector(*shifted, low_halves)
         store(builder, codes, offset(builder, row, 2 * s * LANES))
     unit = load(builder, offset(builder, scales, 4 * TILE), F32)
     store(builder, unit, offset(builder, row, _WEIGHT_SCALE))
@@ -271,8 +300,7 @@ def _emit_codes(builder: Any, x: Any, dim: Any, limit: float, kind: Any, to: Any
     loop = Loop(builder, I64(0), steps, [])
     at = builder.add(x, builder.mul(loop.index, I64(4 * LANES)))
     target = builder.add(to, builder.mul(loop.index, I64(LANES * kind.width // 8)))
-    value = builder.fmul(load(builder, at), emit_splat(builder, inverse))
-    codes = _code(builder, value, kind)
+    codes = _code(builder, load(builder, at), emit_splat(builder, inverse), kind)
     builder.store(codes, builder.inttoptr(target, codes.type.as_pointer()), align=1)
     loop.close([])
     return scale

@@ -116,13 +116,15 @@ def softmax_step(typingctx, tag, row, max_at, sum_at, scales, lo, hi):
         old = load(builder, max_, F32)
         new = emit_max(builder, reduce_max(builder, top), old)
         new_all = emit_splat(builder, new)
-        p = [emit_exp2(builder, builder.fsub(v, new_all)) for v in values]
-        if signature.args[0] == types.int8:
+        is_int8 = signature.args[0] == types.int8
+        power = int8_tiles.emit_exp2 if is_int8 else emit_exp2
+        p = [power(builder, builder.fsub(v, new_all)) for v in values]
+        if is_int8:
             int8_tiles.store_weights(builder, row_, p, scales_)
         else:
             for s in range(SUBS):
                 store(builder, p[s], offset(builder, row_, 4 * s * LANES))
-        factor = emit_exp2(builder, builder.fsub(emit_splat(builder, old), new_all))
+        factor = power(builder, builder.fsub(emit_splat(builder, old), new_all))
         tile_sum = builder.fadd(builder.fadd(p[0], p[1]), builder.fadd(p[2], p[3]))
         store(builder, fma(builder, load(builder, sum_), factor, tile_sum), sum_)
         store(builder, new, max_)

@@ -98,7 +98,8 @@ def plan_attention(
     group, threads = num_heads // num_kv_heads, parallel.num_threads()
     max_keys = block_tables.shape[1] * block_size
     max_chunk = min(max(num_tokens, 1), max(1, cpu_plan.CHUNK_ROWS // group))
-    part_floats = WORK_FLOATS + max_chunk * group * (3 * head_dim + LANES + 3)
+    max_rows = max(max_chunk * group, min(num_tokens * num_heads, cpu_plan.CHUNK_ROWS))
+    part_floats = WORK_FLOATS + max_rows * (3 * head_dim + LANES + 3)
     part_floats = -(-part_floats // LANES) * LANES
     # A split has at most this many items before it, and so many partitions of each.
     slots = min(2 * threads - 1, num_tokens * num_kv_heads) * (max_keys // cpu_plan.PARTITION + 1)

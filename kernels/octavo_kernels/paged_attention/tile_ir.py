@@ -143,11 +143,12 @@ def addresses(builder: Any, table: Any) -> list[Any]:
 
 
 def tile_masks(builder: Any, lo: Any, hi: Any) -> list[Any]:
-    """Which of a tile's 64 keys are in [lo, hi), as 4 masks."""
-    low, high = (emit_splat(builder, builder.trunc(bound, I32)) for bound in (lo, hi))
+    """Which of a tile's 64 keys are in [lo, hi), as 4 masks; 0 <= lo < hi <= 64."""
+    every, lanes = I64(-1), ir.IntType(LANES)
+    below = builder.lshr(every, builder.sub(I64(TILE), hi))
+    inside = builder.and_(below, builder.shl(every, lo))
     masks = []
     for s in range(SUBS):
-        lane = ir.Constant(VEC_I32, list(range(s * LANES, (s + 1) * LANES)))
-        inside = builder.icmp_signed(">=", lane, low)
-        masks.append(builder.and_(inside, builder.icmp_signed("<", lane, high)))
+        bits = builder.trunc(builder.lshr(inside, I64(s * LANES)), lanes)
+        masks.append(builder.bitcast(bits, ir.VectorType(ir.IntType(1), LANES)))
     return masks
