@@ -8,7 +8,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from octavo_kernels.simd import LANES, call_llvm, emit_splat, pointer
+from octavo_kernels.simd import LANES, call_llvm, pointer
 
 TILE = 64  # keys; a tile starts at a multiple of TILE
 SUBS = TILE // LANES
