@@ -74,6 +74,19 @@ def test_forgetting_moves_an_unowned_block_to_the_front() -> None:
     assert pool.num_cached == 2
 
 
+def test_memory_grows_only_when_no_used_block_is_free() -> None:
+    pool = make_pool(6)
+    named, nameless = pool.allocate(2), pool.allocate(1)
+    for block in named:
+        pool.cache.insert(bytes([block]), block)
+    pool.release(nameless)
+    pool.release(named)
+    assert pool.free_list() == [*nameless, 3, 4, 5, 1, 0]
+    pool.forget_all()
+    assert pool.free_list() == [1, 0, *nameless, 3, 4, 5]
+    assert pool.num_cached == 0 and pool.num_unowned == 6
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_pool_agrees_with_a_plain_model(data: st.DataObject) -> None:

@@ -32,10 +32,12 @@ def plan(cache: CacheConfig | None = None, **changed: Any) -> CachePlan:
     return plan_cache(cache or CacheConfig(), **given | changed)
 
 
-def test_default_takes_no_more_than_its_share_the_cap_or_the_need() -> None:
-    assert plan().num_blocks == 4096  # 4 GiB
-    assert plan(available_bytes=6 * GIB).num_blocks == 3072  # half
-    assert plan(max_num_seqs=2).num_blocks == 512  # two requests of 256 blocks
+def test_default_holds_one_long_request_and_usual_ones_within_its_share_and_the_cap() -> None:
+    assert plan().num_blocks == 256 + 64 * 512 // 16
+    assert plan(max_num_seqs=8).num_blocks == 256 + 8 * 512 // 16
+    assert plan(block_bytes=2 * MIB).num_blocks == 2048  # 4 GiB
+    assert plan(available_bytes=4 * GIB).num_blocks == 2048  # half
+    assert plan(max_num_seqs=2, model_len=256).num_blocks == 32  # two requests of 16 blocks
     assert plan(CacheConfig(gpu_memory_utilization=0.125)).num_blocks == 2048
     long = plan(model_len=6 * 1024 * 16)  # one request takes 6 GiB
     assert (long.num_blocks, long.max_model_len, long.notes) == (6144, 6 * 1024 * 16, ())

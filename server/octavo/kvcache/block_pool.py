@@ -1,8 +1,9 @@
 """Hands out K/V blocks: reference counts and a free list in eviction order. Knows no request.
 
 The free list is doubly linked through two arrays, so taking any block out of its middle (a prefix
-hit) is O(1), whatever the cache's size. Its front is reused first: blocks nobody can find, then
-findable ones from the least to the most recently freed. Those go to the host tier, if there is one.
+hit) is O(1), whatever the cache's size. Its front is reused first: blocks that were used and that
+nobody can find, as their memory exists already, then those that never were, then findable ones from
+the least to the most recently freed. Those go to the host tier, if there is one.
 """
 
 from __future__ import annotations
@@ -96,7 +97,13 @@ class BlockPool:
             self._link_after(block, self.num_blocks)
 
     def forget_all(self) -> None:
+        """Makes every block unfindable; unowned ones, whose memory exists, are then reused before
+        blocks that were never used."""
         self.cache.clear()
+        for _ in range(self.num_cached):  # they are the last of the free list
+            block = self._prev[self.num_blocks]
+            self._unlink(block)
+            self._link_after(block, self.num_blocks)
         self.num_cached = 0
 
     def free_list(self) -> list[int]:

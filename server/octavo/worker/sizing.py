@@ -15,8 +15,12 @@ GIB = 1 << 30
 # Of the memory that is free once the model is loaded; the rest is for activations, the HTTP
 # process, the page cache and the neighbours.
 _CPU_SHARE = 0.5
+# The cache holds one request of full length and these, so that the default stays small: what is
+# not needed by running requests fills with prefixes, and all of it ends up in memory. More is the
+# user's to ask for.
+_USUAL_REQUESTS, _USUAL_TOKENS = 64, 512
 # More is taken only when one request of full length needs it.
-_CPU_DEFAULT_BYTES = 4 * GIB
+_CPU_MOST_BYTES = 4 * GIB
 # Kernels reach their full rate at about 128 tokens, so larger steps compute no faster; each one
 # holds up every running request for as long as it lasts.
 _CPU_STEP_TOKENS = 256
@@ -60,8 +64,9 @@ def plan_cache(
     else:
         share = min(_CPU_SHARE, cache.gpu_memory_utilization)
         budget = int(available_bytes * share)
-        wish = max(_CPU_DEFAULT_BYTES, per_request * block_bytes)
-        num_blocks = min(budget, wish) // block_bytes
+        usual = min(_USUAL_REQUESTS, max_num_seqs) * -(-_USUAL_TOKENS // cache.block_size)
+        wish = min(per_request + usual, max(per_request, _CPU_MOST_BYTES // block_bytes))
+        num_blocks = min(budget // block_bytes, wish)
         num_blocks = min(num_blocks, per_request * max_num_seqs)
         reason = f"{_mib(available_bytes)} of memory are free, of which the cache may take {share}"
     if num_blocks < 1:
