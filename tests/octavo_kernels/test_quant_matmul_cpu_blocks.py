@@ -33,6 +33,9 @@ from octavo_kernels.silu_mul import gelu_tanh_mul, silu_mul
 from octavo_kernels.testing import same_bits
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+FILED: tuple[Kind, ...] = ("q4_0", "q4_1", "q8_0")
+# Bits of a code, the code of zero, elements of a block.
+FORMS = {"q4_0": (4, 8, 32), "q4_1": (4, 0, 32), "q8_0": (8, 128, 32), "q8_64": (8, 128, 64)}
 # The kinds without minima share a path's code but for avx2, which sums their codes in its own way.
 WAYS = [
     (kind, path)
@@ -59,14 +62,15 @@ def _weight(kind: Kind, rows: Tensor) -> BlockWeight:
 def _random_codes(kind: Kind, n: int, k: int) -> BlockWeight:
     """A weight of any codes, the extreme ones too, which no quantiser makes."""
     weight = BlockWeight.empty(kind, n, k)
-    codes = {"q4_0": 16, "q4_1": 16, "q8_0": 32}[kind] * 16
+    bits, _, block = FORMS[kind]
+    codes = 2 * block * bits
     weight.data[..., :codes].random_(0, 256)
     halves = weight.data[..., codes:]
     halves.copy_(torch.randn(*halves.shape[:2], halves.shape[2] // 2).half().view(torch.uint8))
     return weight
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILED)
 def test_a_files_blocks_are_kept(kind: Kind) -> None:
     quants = pytest.importorskip("gguf.quants")
     number = getattr(pytest.importorskip("gguf").GGMLQuantizationType, kind.upper())
@@ -97,15 +101,17 @@ def test_every_path_sums_a_chain_over_blocks(kind: Kind, path: CpuPath) -> None:
 
 def _chain(x: Tensor, weight: BlockWeight) -> Tensor:
     """The definition, in longdouble where a product of two float32 is exact."""
-    codes, scale = (part.numpy().astype(np.longdouble) for part in quantised_rows(x))
-    bits, zero = {"q4_0": (4, 8), "q4_1": (4, 0), "q8_0": (8, 128)}[weight.kind]
+    bits, zero, size = FORMS[weight.kind]
+    rows = quantised_rows(x, block=size)
+    codes, scale = (part.numpy().astype(np.longdouble) for part in rows)
     data = weight.data.numpy()
     panels, blocks, _ = data.shape
-    words = data[..., : 64 * bits].reshape(panels, blocks, bits, 16, 4)
+    num_codes = 2 * size * bits  # bytes of 16 outputs
+    words = data[..., :num_codes].reshape(panels, blocks, -1, 16, 4)
     if bits == 4:
         words = np.concatenate((words & 15, words >> 4), axis=2)
-    w = words.transpose(1, 0, 3, 2, 4).reshape(blocks, panels * 16, 32)[:, : weight.n]
-    halves = data[..., 64 * bits :].reshape(panels, blocks, -1, 32).transpose(1, 0, 3, 2)
+    w = words.transpose(1, 0, 3, 2, 4).reshape(blocks, panels * 16, size)[:, : weight.n]
+    halves = data[..., num_codes:].reshape(panels, blocks, -1, 32).transpose(1, 0, 3, 2)
     halves = np.ascontiguousarray(halves.reshape(blocks, panels, 16, 2, -1).swapaxes(3, 4))
     halves = halves.view(np.float16).reshape(blocks, panels * 16, -1)[:, : weight.n]
     sums = np.zeros((x.shape[0], weight.n), np.float32)
@@ -137,16 +143,18 @@ def test_bits_depend_on_neither_threads_nor_batch_mates(kind: Kind) -> None:
 
 def _records(rows: BlockRows) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [T, B, 32], scales and last words [T, B], from the layout that `cpu_records` tells."""
-    num_rows, blocks = rows.num_rows, -(-rows.k // 32)
+    num_rows, block = rows.num_rows, rows.block
+    blocks, size = -(-rows.k // block), block + 8
     chunks = 1 if num_rows <= 16 else -(-num_rows // 12)
     edges = [chunk * num_rows // chunks for chunk in range(chunks + 1)]
     pieces = [
-        rows.data[start * blocks * 40 : end * blocks * 40].view(blocks, end - start, 40)
+        rows.data[start * blocks * size : end * blocks * size].view(blocks, end - start, size)
         for start, end in zip(edges, edges[1:], strict=False)
     ]
     found = torch.cat(pieces, 1).transpose(0, 1).contiguous()
     words = found.view(torch.int32)
-    return found[..., :32].view(torch.int8), words[..., 8].view(torch.float32), words[..., 9]
+    codes, scale = found[..., :block].view(torch.int8), words[..., -2].view(torch.float32)
+    return codes, scale, words[..., -1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +162,7 @@ def test_rows_are_quantised_as_defined(kind: Kind) -> None:
     torch.manual_seed(8)
     for num_rows, k in ((1, 5), (3, 70), (15, 576), (16, 576), (17, 576), (50, 131)):
         x = torch.randn(num_rows, k)
-        codes, scale = quantised_rows(x)
+        codes, scale = quantised_rows(x, block=FORMS[kind][2])
         got, got_scale, last = _records(quantise_rows(x, kind=kind))
         assert torch.equal(got.double(), codes), (num_rows, k)
         assert torch.equal(got_scale, scale[..., 0].float())
@@ -162,7 +170,7 @@ def test_rows_are_quantised_as_defined(kind: Kind) -> None:
         if kind == "q4_1":
             assert same_bits(last.view(torch.float32), total.float() * got_scale)
         else:
-            assert torch.equal(last, total * -{"q4_0": 8, "q8_0": 128}[kind])
+            assert torch.equal(last, total * -FORMS[kind][1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,11 +195,14 @@ def test_quantised_rows_give_the_bits_of_floats(kind: Kind) -> None:
 
 def test_gated_rows_of_any_width_and_gate() -> None:
     torch.manual_seed(10)
-    for half in (7, 48, 96):  # a panel of both, a block that gate panels share, whole blocks
+    # A panel of both, blocks that gate panels share (all or some kinds'), whole blocks
+    for half in (7, 48, 96, 128):
         weight, x = _weight("q4_1", torch.randn(2 * half, 40)), torch.randn(20, 40)
-        want = quantise_rows(gated_blocks(x, weight, is_gelu=True), kind="q8_0")
-        got = gated_rows(x, weight, kind="q8_0", is_gelu=True)
-        assert same_bits(got.data, want.data)
+        after: Kind
+        for after in ("q8_0", "q8_64"):
+            want = quantise_rows(gated_blocks(x, weight, is_gelu=True), kind=after)
+            got = gated_rows(x, weight, kind=after, is_gelu=True)
+            assert same_bits(got.data, want.data)
 
 
 @pytest.mark.parametrize("half", [77, 80])
@@ -227,7 +238,7 @@ def test_extreme_rows_harm_no_other(kind: Kind, path: CpuPath) -> None:
         assert same_bits(got[10:], want[10:])
         assert got[4:8].isnan().all()
         assert torch.equal(got[[0, 1, 8]], torch.zeros(3, 70))
-        exact = matmul_blocks_reference(x, dequantise(weight))
+        exact = matmul_blocks_reference(x, dequantise(weight), block=FORMS[kind][2])
         for row in (2, 3):
             close = {"rtol": 1e-5, "atol": float(x[row].abs().max()) * 1e-5}
             torch.testing.assert_close(got[row].double(), exact[row], **close)
@@ -237,28 +248,31 @@ def test_extreme_rows_harm_no_other(kind: Kind, path: CpuPath) -> None:
 def test_written_rows_are_the_nearest_codes(kind: Kind) -> None:
     torch.manual_seed(7)
     rows = torch.randn(40, 80)
-    rows[3, :32], rows[4], rows[5, 40:50] = 0.0, 0.25, 1e-9
+    block = FORMS[kind][2]
+    rows[3, :64], rows[4], rows[5, 40:50] = 0.0, 0.25, 1e-9
     weight = _weight(kind, rows.double())
     got = dequantise(weight)
-    parts = torch.nn.functional.pad(rows, (0, 16)).view(40, -1, 32)
+    parts = torch.nn.functional.pad(rows, (0, -80 % block)).view(40, -1, block)
     # Half a step, and what rounding the scale and the minimum to float16 moves the last code by.
     span = parts.amax(2) - parts.amin(2) if kind == "q4_1" else 2 * parts.abs().amax(2)
-    steps = {"q4_0": 16, "q4_1": 15, "q8_0": 254}[kind]
+    steps = {"q4_0": 16, "q4_1": 15}.get(kind, 254)
     bound = span / steps * (0.51 if kind == "q4_1" else 1.01) + parts.abs().amax(2) * 2e-3 + 1e-7
-    if kind == "q8_0":
+    if steps == 254:
         bound = span / steps * 0.51 + parts.abs().amax(2) * 6e-4 + 1e-7
-    errors = torch.nn.functional.pad((got - rows).abs(), (0, 16)).view(40, -1, 32).amax(2)
-    assert (errors <= bound).all()
-    assert torch.equal(got[3, :32], torch.zeros(32))
+    errors = torch.nn.functional.pad((got - rows).abs(), (0, -80 % block))
+    assert (errors.view(40, -1, block).amax(2) <= bound).all()
+    assert torch.equal(got[3, :64], torch.zeros(64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_that_float16_cannot_scale_is_nan_and_alone(kind: Kind) -> None:
-    rows = torch.ones(20, 64)
-    rows[0, 3], rows[1, 40], rows[2, 0] = float("nan"), float("inf"), 3e38
+    size = FORMS[kind][2]
+    rows = torch.ones(20, 2 * size)
+    rows[0, 3], rows[1, size + 8], rows[2, 0] = float("nan"), float("inf"), 3e38
     got = dequantise(_weight(kind, rows))
-    assert got[0, :32].isnan().all() and got[1, 32:].isnan().all() and got[2, :32].isnan().all()
-    assert got[0, 32:].isfinite().all() and got[3:].isfinite().all()
+    nans = [got[0, :size], got[1, size:], got[2, :size]]
+    assert all(part.isnan().all() for part in nans)
+    assert got[0, size:].isfinite().all() and got[3:].isfinite().all()
 
 
 def test_large_weights_start_as_zeros_too() -> None:
@@ -307,5 +321,9 @@ def test_refusals_name_what_was_got() -> None:
         write_rows(weight, torch.randn(3, 64), start=8)
     with pytest.raises(ValueError, match=r"are \[n, 2 blocks of 20\] uint8, got .* \[3, 36\]"):
         write_blocks(weight, torch.zeros(3, 36, dtype=torch.uint8), start=0)
-    with pytest.raises(ValueError, match=r"one of q4_0, q4_1, q8_0, got 'q5_0'"):
+    with pytest.raises(ValueError, match=r"got rows of 64 for weights in blocks of 32"):
+        matmul_blocks(quantise_rows(x, kind="q8_0"), _weight("q8_64", torch.randn(10, 64)))
+    with pytest.raises(ValueError, match=r"no file has q8_64 blocks"):
+        write_blocks(BlockWeight.empty("q8_64", 3, 64), torch.zeros(3, 66).byte(), start=0)
+    with pytest.raises(ValueError, match=r"one of q4_0, q4_1, q8_0, q8_64, got 'q5_0'"):
         BlockWeight.empty("q5_0", 2, 2)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Panels of 4- and 8-bit blocks of 32, as GGUF files have them, and ways in and out.
+"""Panels of 4- and 8-bit blocks, as GGUF files have them or not, and ways in and out.
 
 Knows no arithmetic beyond what makes codes of floats. The panel's layout is told in
-`cpu_blocks_tile`. Formats: `q4_0` (w = d (q - 8)), `q4_1` (w = d q + m), `q8_0` (w = d q); d and m
-are float16.
+`cpu_blocks_tile`. Formats: `q4_0` (w = d (q - 8)), `q4_1` (w = d q + m) and `q8_0` (w = d q), in
+blocks of 32 that files have too, and `q8_64` (w = d q) in blocks of 64; d and m are float16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from octavo_kernels.matmul.packed import weight_zeros
 from octavo_kernels.quant_matmul.cpu_blocks_tile import FORMATS, Kind
-from octavo_kernels.quant_matmul.cpu_records import BLOCK
 from octavo_kernels.simd import LANES
 
 _ROWS_AT_ONCE = 1024  # that are quantised together: bounds the temporaries
@@ -25,7 +24,7 @@ _HALF_MAX = 65504.0
 class BlockWeight:
     """A weight W [n, k] in panels of 16 outputs; outputs past n and elements past k are zero.
 
-    data: [ceil(n / 16), ceil(k / 32), bytes of a block for 16 outputs] uint8.
+    data: [ceil(n / 16), blocks of k, bytes of a block for 16 outputs] uint8.
     """
 
     kind: Kind
@@ -43,7 +42,8 @@ class BlockWeight:
             raise ValueError(f"a weight of blocks is one of {', '.join(FORMATS)}, got {kind!r}")
         if n < 1 or k < 1:
             raise ValueError(f"a weight of blocks needs n >= 1 and k >= 1, got n={n}, k={k}")
-        shape = (-(-n // LANES), -(-k // BLOCK), FORMATS[kind].panel_bytes)
+        form = FORMATS[kind]
+        shape = (-(-n // LANES), -(-k // form.block), form.panel_bytes)
         return BlockWeight(kind=kind, data=weight_zeros(shape, torch.uint8), n=n, k=k)
 
     @property
@@ -55,13 +55,17 @@ class BlockWeight:
 def write_blocks(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
     """Writes a GGUF file's rows [n', bytes of a row] uint8 as rows start..start+n', lossless.
 
-    Raises ValueError where a row is not whole blocks of the weight's kind, or rows do not fit.
+    Raises ValueError where a row is not whole blocks of the weight's kind, or rows do not fit, or
+    no file has such blocks.
     """
-    form, blocks = FORMATS[weight.kind], weight.k // BLOCK
+    form = FORMATS[weight.kind]
+    if not form.is_filed:
+        raise ValueError(f"no file has {weight.kind} blocks")
+    blocks, left = divmod(weight.k, form.block)
     width = blocks * form.file_bytes
-    if weight.k % BLOCK or rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != width:
+    if left or rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != width:
         raise ValueError(
-            f"{weight.kind} rows of {weight.k} elements are [n, {weight.k / BLOCK:g} blocks of"
+            f"{weight.kind} rows of {weight.k} elements are [n, {weight.k / form.block:g} blocks of"
             f" {form.file_bytes}] uint8, got {rows.dtype} {list(rows.shape)}"
         )
     pieces = rows.reshape(rows.shape[0], blocks, form.file_bytes)
@@ -85,13 +89,14 @@ def write_rows(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
     _require_fit(weight, rows.shape[0], start)
     for first in range(0, rows.shape[0], _ROWS_AT_ONCE):
         wide = rows[first : first + _ROWS_AT_ONCE].float()
-        wide = torch.nn.functional.pad(wide, (0, -weight.k % BLOCK))
-        codes, halves = _quantise(weight.kind, wide.view(wide.shape[0], -1, BLOCK))
+        block = FORMATS[weight.kind].block
+        wide = torch.nn.functional.pad(wide, (0, -weight.k % block))
+        codes, halves = _quantise(weight.kind, wide.view(wide.shape[0], -1, block))
         _place(weight, _words(weight.kind, codes), halves.view(torch.int16), start + first)
 
 
 def _quantise(kind: Kind, parts: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks [R, B, 32] -> codes [R, B, 32] uint8 and d (and m) [R, B, 1 or 2] float16."""
+    """Blocks [R, B, block] -> codes [R, B, block] uint8 and d (and m) [R, B, 1 or 2] float16."""
     form = FORMATS[kind]
     low, high = parts.amin(2), parts.amax(2)
     zero = float(form.zero)
@@ -113,9 +118,10 @@ def _quantise(kind: Kind, parts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _words(kind: Kind, codes: Tensor) -> Tensor:
-    """Codes [R, B, 32] -> words [R, B, 4 or 8] int32."""
+    """Codes [R, B, block] -> words [R, B, 4, 8 or 16] int32."""
     if FORMATS[kind].bits == 4:
-        codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+        half = codes.shape[2] // 2
+        codes = codes[..., :half] | codes[..., half:] << 4
     return codes.contiguous().view(torch.int32)
 
 

@@ -1,4 +1,4 @@
-"""Activations quantised in blocks of 32 for the matmul over blocks on the CPU; knows no layer."""
+"""Activations quantised in blocks for the matmul over blocks on the CPU; knows no layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from octavo_kernels.op import no_kernel
 from octavo_kernels.parallel import num_threads
 from octavo_kernels.quant_matmul.cpu_blocks_tile import FORMATS, Kind
 from octavo_kernels.quant_matmul.cpu_records import (
-    BLOCK,
-    RECORD_BYTES,
-    normalise_blocks,
+    normalise_kernel,
     num_parts,
-    quantise_blocks,
+    quantise_kernel,
+    record_bytes,
 )
 
 # Elements below which one thread is done before a second has started.
@@ -25,23 +24,25 @@ _ALONE = 1 << 13
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockRows:
-    """Activations [num_rows, k] as int8 codes with a scale per row and 32 elements.
+    """Activations [num_rows, k] as int8 codes with a scale per row and block of elements.
 
-    data: [num_rows * ceil(k / 32) * 40] uint8, laid out as `cpu_records` tells; zero: of the
-    weights that they are for.
+    data: [num_rows * ceil(k / block) * (block + 8)] uint8, laid out as `cpu_records` tells;
+    block and zero: of the weights that they are for.
     """
 
     data: Tensor
     num_rows: int
     k: int
+    block: int
     zero: int
 
     @staticmethod
     def empty(num_rows: int, k: int, *, kind: Kind) -> BlockRows:
         """Room for rows that are to meet weights of a kind."""
-        size = num_rows * -(-k // BLOCK) * RECORD_BYTES
+        block, zero = FORMATS[kind].block, FORMATS[kind].zero
+        size = num_rows * -(-k // block) * record_bytes(block)
         data = memory.empty((size,), torch.uint8)
-        return BlockRows(data=data, num_rows=num_rows, k=k, zero=FORMATS[kind].zero)
+        return BlockRows(data=data, num_rows=num_rows, k=k, block=block, zero=zero)
 
 
 def quantise_rows(x: Tensor, *, kind: Kind) -> BlockRows:
@@ -53,7 +54,7 @@ def quantise_rows(x: Tensor, *, kind: Kind) -> BlockRows:
     num_rows, k = x.shape
     rows = BlockRows.empty(num_rows, k, kind=kind)
     if num_rows:
-        quantise_blocks(
+        quantise_kernel(rows.block)(
             _parts(num_rows, k), x.data_ptr(), rows.data.data_ptr(), num_rows, k, rows.zero
         )
     return rows
@@ -71,7 +72,7 @@ def rms_norm_rows(x: Tensor, weight: Tensor, *, eps: float, kind: Kind) -> Block
         raise ValueError(f"rms_norm_rows needs weight [{k}], got {list(weight.shape)}")
     rows = BlockRows.empty(num_rows, k, kind=kind)
     if num_rows:
-        normalise_blocks(
+        normalise_kernel(rows.block)(
             _parts(num_rows, k),
             x.data_ptr(),
             weight.data_ptr(),

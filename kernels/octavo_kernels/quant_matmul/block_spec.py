@@ -55,11 +55,12 @@ def _gather_inputs(
 
 
 def _matmul_reference(x: Tensor, weight: BlockWeight, **extras: Tensor | None) -> Tensor:
-    return matmul_blocks_reference(x, dequantise(weight), **extras)
+    block = FORMATS[weight.kind].block
+    return matmul_blocks_reference(x, dequantise(weight), block=block, **extras)
 
 
 def _gated_reference(x: Tensor, weight: BlockWeight) -> Tensor:
-    return gated_blocks_reference(x, dequantise(weight))
+    return gated_blocks_reference(x, dequantise(weight), block=FORMATS[weight.kind].block)
 
 
 def _gather_reference(weight: BlockWeight, ids: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def _torch_weight_int8(x: Tensor, weight: BlockWeight, **extras: Any) -> Tensor:
 
 
 def _bytes(kind: Kind, case: Case, itemsize: int) -> float:
-    weight = case.N * case.K * FORMATS[kind].file_bytes / 32
+    weight = case.N * case.K * FORMATS[kind].file_bytes / FORMATS[kind].block
     return float(weight + 4 * case.T * (case.N + case.K))
 
 

@@ -1,7 +1,7 @@
 """Matmul over weights of 4- and 8-bit blocks on the CPU; knows no layer, no file and no model.
 
 `write_blocks` takes a GGUF file's blocks as they are, `write_rows` quantises floats. Activations
-get int8 codes and a scale per row and block of 32, sums of codes are exact integers, and each
+get int8 codes and a scale per row and block, sums of codes are exact integers, and each
 block is added to a float32 chain over K ascending. A row's bits depend on that row alone, and are
 the same on every kind of CPU.
 """
@@ -27,10 +27,9 @@ from octavo_kernels.quant_matmul.cpu_blocks import GELU, SILU, gather_kernel, ma
 from octavo_kernels.quant_matmul.cpu_blocks_tile import FORMATS, Kind
 from octavo_kernels.quant_matmul.cpu_dot import CpuPath, host_path, supported_paths
 from octavo_kernels.quant_matmul.cpu_records import (
-    BLOCK,
-    RECORD_BYTES,
-    normalise_blocks,
-    quantise_blocks,
+    normalise_kernel,
+    quantise_kernel,
+    record_bytes,
 )
 from octavo_kernels.silu_mul import gelu_tanh_mul, silu_mul
 from octavo_kernels.simd import LANES
@@ -96,7 +95,7 @@ def matmul_blocks(
         if residual_at == out_at and num_rows:
             raise ValueError("matmul_blocks cannot add a residual that is also its out")
     if num_rows:
-        _launch(x, weight, n, path, 1, out_at, bias_at, residual_at, 0, -1)
+        _launch(x, weight, n, path, 1, out_at, bias_at, residual_at, 0, None)
     return out
 
 
@@ -124,7 +123,7 @@ def gated_blocks(
         return gate(matmul_blocks(x, weight, path=path), out=out)
     if num_rows:
         gate_id = GELU if is_gelu else SILU
-        _launch(x, weight, width, path, 1, out.data_ptr(), 0, 0, gate_id, -1)
+        _launch(x, weight, width, path, 1, out.data_ptr(), 0, 0, gate_id, None)
     return out
 
 
@@ -136,17 +135,18 @@ def gated_rows(
     is_gelu: bool = False,
     path: CpuPath | None = None,
 ) -> BlockRows:
-    """`quantise_rows` of `gated_blocks`, to the bit; in the same launch where F % 32 = 0.
+    """`quantise_rows` of `gated_blocks`, to the bit; in one launch where F is whole blocks.
 
     Raises ValueError as `gated_blocks` does.
     """
     width = _gate_width(weight)
-    if width % BLOCK:
+    if width % FORMATS[kind].block:
         return quantise_rows(gated_blocks(x, weight, is_gelu=is_gelu, path=path), kind=kind)
     rows = BlockRows.empty(_num_rows(x, weight), width, kind=kind)
     if rows.num_rows:
         gate_id = GELU if is_gelu else SILU
-        _launch(x, weight, width, path, 2, rows.data.data_ptr(), 0, 0, gate_id, rows.zero)
+        at, panels = rows.data.data_ptr(), rows.block // LANES
+        _launch(x, weight, width, path, panels, at, 0, 0, gate_id, rows)
     return rows
 
 
@@ -161,10 +161,11 @@ def _gate_width(weight: BlockWeight) -> int:
 def _num_rows(x: Tensor | BlockRows, weight: BlockWeight) -> int:
     """Of x, which is made sure to fit the weight."""
     if isinstance(x, BlockRows):
-        if x.k != weight.k or x.zero != FORMATS[weight.kind].zero:
+        form = FORMATS[weight.kind]
+        if (x.k, x.block, x.zero) != (weight.k, form.block, form.zero):
             raise ValueError(
                 f"matmul_blocks needs rows of {weight.k} quantised for {weight.kind}, got rows of"
-                f" {x.k} for weights with the zero {x.zero}"
+                f" {x.k} for weights in blocks of {x.block} with the zero {x.zero}"
             )
         return x.num_rows
     if not _is_plain(x, 2) or x.shape[1] != weight.k:
@@ -182,9 +183,12 @@ def _launch(
     bias_at: int,
     residual_at: int,
     gate: int,
-    next_zero: int,
+    next_rows: BlockRows | None,
 ) -> None:
-    """Launches the matmul for n outputs, and the quantisation before it where x asks for one."""
+    """Launches the matmul for n outputs, and the quantisation before it where x asks for one.
+
+    next_rows: what out_at are, if they are records.
+    """
     path = _supported(path)
     most = -(-n // (LANES * panels_at_once))
     parts, x_at = min(most, _PARTS_PER_THREAD * num_threads()), 0
@@ -193,8 +197,8 @@ def _launch(
         is_alone = num_rows * weight.n * k < _ALONE
         if is_alone or num_rows * k <= _QUANTISE_EACH:
             parts, x_at = 1 if is_alone else min(most, num_threads()), x.data_ptr()
-            size = parts * num_rows * weight.data.shape[1] * RECORD_BYTES
-            records = memory.empty((size,), torch.uint8)
+            size = num_rows * weight.data.shape[1] * record_bytes(FORMATS[weight.kind].block)
+            records = memory.empty((parts * size,), torch.uint8)
         else:
             rows = quantise_rows(x, kind=weight.kind)
             records = rows.data
@@ -214,7 +218,8 @@ def _launch(
         n,
         weight.k,
         gate,
-        next_zero,
+        0 if next_rows is None else next_rows.block,
+        0 if next_rows is None else next_rows.zero,
     )
 
 
@@ -284,8 +289,8 @@ def _refusal(name: str, tensor: Tensor, shape: Sequence[int | str]) -> ValueErro
 def kernels(kind: Kind) -> tuple[Kernel, ...]:
     """What a server with weights of a kind calls on this machine."""
     return (
-        quantise_blocks,
-        normalise_blocks,
+        quantise_kernel(FORMATS[kind].block),
+        normalise_kernel(FORMATS[kind].block),
         matmul_kernel(kind, host_path()),
         gather_kernel(kind),
     )

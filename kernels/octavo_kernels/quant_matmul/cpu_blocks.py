@@ -10,11 +10,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba.core import types
 
 from octavo_kernels.matmul.cpu import read_id, refuse_row
-from octavo_kernels.native import intrinsic
 from octavo_kernels.parallel import Kernel, device, kernel
 from octavo_kernels.quant_matmul.cpu_blocks_tile import (
     FORMATS,
@@ -24,13 +22,13 @@ from octavo_kernels.quant_matmul.cpu_blocks_tile import (
 )
 from octavo_kernels.quant_matmul.cpu_dot import CpuPath
 from octavo_kernels.quant_matmul.cpu_records import (
-    BLOCK,
     CHUNK_ROWS,
-    RECORD_BYTES,
+    block_quantiser,
     chunk_start,
     num_chunks,
-    quantise_block,
-    quantise_rows,
+    record_bytes,
+    row_quantiser,
+    stack_bytes,
 )
 from octavo_kernels.silu_mul.cpu import gate_gelu, gate_silu
 from octavo_kernels.simd import (
@@ -54,9 +52,11 @@ _AHEAD_ROWS = 5
 # The gate a matmul may end with; 0 is none.
 SILU, GELU = 1, 2
 _SUM_BYTES = 4 * LANES  # of a row in a tile's sums
-# Of a tile's sums; and of those of two panels and of what they are gated with.
-_TILE_BYTES = CHUNK_ROWS * _SUM_BYTES
-_SCRATCH_BYTES = 4 * _TILE_BYTES
+_TILE_BYTES = CHUNK_ROWS * _SUM_BYTES  # of a tile's sums
+# Of the sums of as many panels as a record takes. Behind them are those that they gate.
+_SUMS_BYTES = max(form.block for form in FORMATS.values()) // LANES * _TILE_BYTES
+_scratch = stack_bytes(2 * _SUMS_BYTES)
+_quantise_32, _quantise_64 = block_quantiser(32), block_quantiser(64)
 
 
 @vector_op(types.float32, types.int64)
@@ -70,19 +70,6 @@ def _times_plus(b: Any, a: Any) -> Any:
     return b.fadd(b.fmul(a[0], a[1]), a[2])
 
 
-@intrinsic
-def _scratch(typingctx):  # type: ignore[no-untyped-def]
-    """The address of _SCRATCH_BYTES on the stack, aligned to a line."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        with builder.goto_entry_block():
-            place = builder.alloca(ir.ArrayType(ir.IntType(8), _SCRATCH_BYTES))
-            place.align = 64
-        return builder.ptrtoint(place, ir.IntType(64))
-
-    return types.int64(), codegen
-
-
 @device
 def _rows_of_tile(left: int, most: int) -> int:
     """Of the next tile of a chunk with that many rows left, as even as can be."""
@@ -91,10 +78,10 @@ def _rows_of_tile(left: int, most: int) -> int:
 
 @device
 def _gate(sums: int, panels: int, rows: int, gate: int) -> None:
-    """sums = act(sums) * ups for one or two panels of a tile."""
+    """sums = act(sums) * ups for some panels of a tile."""
     for panel in range(sums, sums + panels * _TILE_BYTES, _TILE_BYTES):
         for at in range(panel, panel + rows * _SUM_BYTES, _SUM_BYTES):
-            value, up = load_f32(at), load_f32(at + 2 * _TILE_BYTES)
+            value, up = load_f32(at), load_f32(at + _SUMS_BYTES)
             store_f32(at, gate_silu(value, up) if gate == SILU else gate_gelu(value, up))
 
 
@@ -114,11 +101,14 @@ def _put(
 
 
 @device
-def _put_records(sums: int, rows: int, to: int, zero: int) -> None:
-    """Quantises a tile's sums of two panels into records one behind the other."""
+def _put_records(sums: int, rows: int, to: int, block: int, zero: int) -> None:
+    """Quantises a tile's sums, those of a block, into records one behind the other."""
     for at in range(sums, sums + rows * _SUM_BYTES, _SUM_BYTES):
-        quantise_block(load_f32(at), load_f32(at + _TILE_BYTES), to, zero)
-        to += RECORD_BYTES
+        if block == 32:
+            _quantise_32(at, _TILE_BYTES, to, zero)
+        else:
+            _quantise_64(at, _TILE_BYTES, to, zero)
+        to += block + 8
 
 
 @cache
@@ -128,11 +118,13 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
     With x (address 0 if records are ready) every part first makes records of its own, one behind
     the other: shorter than a launch that does it for all, where rows are few.
     With a gate (SILU or GELU, else 0) the panels hold G and then U, [n, K] each with n % 16 == 0,
-    and out is act(x @ G^T) * (x @ U^T). With a gate and next_zero from 0 on, n % 32 == 0 and out
-    are records of that, for weights of that zero.
+    and out is act(x @ G^T) * (x @ U^T). With a gate and a next_block (else 0), n % next_block == 0
+    and out are records of that, for weights of such blocks and of next_zero.
     """
     run_tile, tile_rows = make_tiles(kind, path), tile_height(kind, path)
-    piece_bytes, zero = FORMATS[kind].panel_bytes, FORMATS[kind].zero
+    form = FORMATS[kind]
+    piece_bytes, zero, block = form.panel_bytes, form.zero, form.block
+    quantise_rows, size = row_quantiser(block), record_bytes(block)
 
     def body(
         part: int,
@@ -147,16 +139,17 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
         n: int,
         k: int,
         gate: int,
+        next_block: int,
         next_zero: int,
     ) -> None:
-        blocks = (k + BLOCK - 1) // BLOCK
+        blocks = (k + block - 1) // block
         if x != 0:
-            records += part * num_rows * blocks * RECORD_BYTES
+            records += part * num_rows * blocks * size
             quantise_rows(x, records, num_rows, k, zero, 0, num_rows)
         num_panels, panel_bytes = (n + LANES - 1) // LANES, blocks * piece_bytes
         ahead = _AHEAD_BYTES if num_rows < _AHEAD_ROWS else panel_bytes
         sums, chunks = _scratch(), num_chunks(num_rows)
-        step = 1 if next_zero < 0 else 2  # a record takes two panels
+        step = 1 if next_block == 0 else next_block // LANES
         units = num_panels // step
         for unit in range(part * units // num_parts, (part + 1) * units // num_parts):
             panel, start = unit * step, 0
@@ -166,7 +159,7 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
                 row = start
                 while row < end:
                     rows = _rows_of_tile(end - row, tile_rows)
-                    at = records + (start * blocks + row - start) * RECORD_BYTES
+                    at = records + (start * blocks + row - start) * size
                     spot, stride = sums, _SUM_BYTES
                     if is_direct:
                         spot, stride = out + 4 * (row * n + panel * LANES), 4 * n
@@ -174,14 +167,15 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
                     for job in range(1 if gate == 0 else 2 * step):
                         half, which = job & 1, job >> 1
                         piece = w + (panel + which + half * num_panels) * panel_bytes
-                        to = spot + (which + 2 * half) * _TILE_BYTES
-                        x_stride = (end - start) * RECORD_BYTES
+                        to = spot + which * _TILE_BYTES + half * _SUMS_BYTES
+                        x_stride = (end - start) * size
                         run_tile(rows, at, x_stride, piece, blocks, to, stride, ahead)
                     if gate != 0:
                         _gate(sums, step, rows, gate)
-                    if next_zero >= 0:
-                        place = start * (n // BLOCK) + unit * (end - start) + row - start
-                        _put_records(sums, rows, out + place * RECORD_BYTES, next_zero)
+                    if next_block != 0:
+                        place = start * (n // next_block) + unit * (end - start) + row - start
+                        place = out + place * (next_block + 8)
+                        _put_records(sums, rows, place, next_block, next_zero)
                     elif not is_direct or bias != 0 or residual != 0:
                         _put(spot, stride, rows, row, panel * LANES, n, out, bias, residual)
                     row += rows
@@ -196,7 +190,7 @@ def gather_kernel(kind: Kind) -> Kernel:
     """The kernel that reads rows back out of panels, exactly."""
     form = FORMATS[kind]
     code_bytes, piece_bytes, zero = form.code_bytes, form.panel_bytes, form.zero
-    bits, has_min = form.bits, form.has_min
+    bits, has_min, block = form.bits, form.has_min, form.block
     codes_per_word, code_mask = 32 // bits, (1 << bits) - 1
 
     def body(
@@ -212,23 +206,23 @@ def gather_kernel(kind: Kind) -> Kernel:
         k: int,
         status: int,
     ) -> None:
-        blocks = (k + BLOCK - 1) // BLOCK
+        blocks = (k + block - 1) // block
         for row in range(part * num_rows // num_parts, (part + 1) * num_rows // num_parts):
-            index = read_id(ids + id_stride * row, id_bytes, n)
-            if index < 0:
+            wanted = read_id(ids + id_stride * row, id_bytes, n)
+            if wanted < 0:
                 refuse_row(out + 4 * row * k, k, status)
                 continue
-            source = w + index // LANES * blocks * piece_bytes
-            lane = index % LANES
-            for block in range(blocks):
-                piece = source + block * piece_bytes
+            source = w + wanted // LANES * blocks * piece_bytes
+            lane = wanted % LANES
+            for index in range(blocks):
+                piece = source + index * piece_bytes
                 scale = get_f16(piece + code_bytes + 2 * lane)
                 least = np.float32(0.0)
                 if has_min:
                     least = get_f16(piece + code_bytes + 2 * LANES + 2 * lane)
-                left = min(BLOCK, k - block * BLOCK)
-                at = out + 4 * (row * k + block * BLOCK)
-                for word_index in range(BLOCK // codes_per_word):
+                left = min(block, k - index * block)
+                at = out + 4 * (row * k + index * block)
+                for word_index in range(block // codes_per_word):
                     word = get_i32(piece + 64 * word_index + 4 * lane)
                     for byte in range(4):
                         code = (word >> (8 * byte)) & code_mask
@@ -236,10 +230,10 @@ def gather_kernel(kind: Kind) -> Kernel:
                         if i < left:
                             value = _times_plus(scale, _to_f32(code - zero), least)
                             put_f32(at + 4 * i, value)
-                        if bits == 4 and i + BLOCK // 2 < left:
+                        if bits == 4 and i + block // 2 < left:
                             code = (word >> (8 * byte + 4)) & code_mask
                             value = _times_plus(scale, _to_f32(code - zero), least)
-                            put_f32(at + 4 * i + 2 * BLOCK, value)
+                            put_f32(at + 4 * i + 2 * block, value)
 
     body.__name__ = f"gather_blocks_{kind}"
     return kernel(body)

@@ -2,10 +2,11 @@
 
 Knows one panel and one chunk of rows; no layout beyond, no tensors.
 
-A block is 32 elements of K. Its weights are one piece of a panel of 16 outputs: 32-bit words of
-four k for each output, [4][16] words for 4 bits (word i holds quad i in its low nibbles and quad
-4 + i in its high ones) or [8][16] for 8 bits (codes + 128), then 16 float16 scales and, for
-`q4_1`, 16 float16 minima. Its activations are records (`cpu_records`).
+A block is 32 elements of K, of `q8_64` 64. Its weights are one piece of a panel of 16 outputs:
+32-bit words of four k for each output, [4][16] words for 4 bits (word i holds quad i in its low
+nibbles and quad 4 + i in its high ones) or [8][16] (`q8_64` [16][16]) for 8 bits (codes + 128),
+then 16 float16 scales and, for `q4_1`, 16 float16 minima. Its activations are records
+(`cpu_records`).
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ from octavo_kernels.quant_matmul.cpu_dot import (
     emit_dot,
     splat_i32,
 )
-from octavo_kernels.quant_matmul.cpu_records import BLOCK, RECORD_BYTES
+from octavo_kernels.quant_matmul.cpu_records import record_bytes
 from octavo_kernels.vectors import F16, F32, I32, I64, LANES, call_llvm, pointer
 
-Kind = Literal["q4_0", "q4_1", "q8_0"]
+Kind = Literal["q4_0", "q4_1", "q8_0", "q8_64"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFormat:
-    """How a kind of weight is stored, in a GGUF file and in panels."""
+    """How a kind of weight is stored, in panels and, where such exist, in GGUF files."""
 
-    file_bytes: int  # of a block of one output in a file
     bits: int
     zero: int  # the code of weight 0; 0 where blocks have minima instead
+    block: int = 32  # elements of K that share a scale
+    is_filed: bool = True
 
     @property
     def code_bytes(self) -> int:
         """Of a block's codes for 16 outputs."""
-        return LANES * BLOCK * self.bits // 8
+        return LANES * self.block * self.bits // 8
 
     @property
     def has_min(self) -> bool:
@@ -52,26 +54,32 @@ class BlockFormat:
     @property
     def panel_bytes(self) -> int:
         """Of a block for 16 outputs."""
-        return self.code_bytes + 2 * LANES * (1 + self.has_min)
+        return LANES * self.file_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Of a block of one output."""
+        return self.block * self.bits // 8 + 2 * (1 + self.has_min)
 
 
 FORMATS: dict[Kind, BlockFormat] = {
-    "q4_0": BlockFormat(file_bytes=18, bits=4, zero=8),
-    "q4_1": BlockFormat(file_bytes=20, bits=4, zero=0),
-    "q8_0": BlockFormat(file_bytes=34, bits=8, zero=128),
+    "q4_0": BlockFormat(bits=4, zero=8),
+    "q4_1": BlockFormat(bits=4, zero=0),
+    "q8_0": BlockFormat(bits=8, zero=128),
+    "q8_64": BlockFormat(bits=8, zero=128, block=64, is_filed=False),
 }
 
 # Of the largest tile, which has an integer and a float sum for each row and spills nothing: 12
 # rows fill 29 of AVX-512's 32 registers; of AVX2's 16, products without VNNI need more.
 _TILE_ROWS: dict[CpuPath, int] = {"avx512_vnni": 12, "avx_vnni": 5, "avx2": 3, "generic": 2}
 # With this many the float sums of a few live in the first-level cache, which costs less than
-# unpacking 4-bit weights for two tiles.
+# unpacking 4-bit weights for two tiles; and blocks of 64 touch them half as often.
 _TALL_ROWS = 16
 
 
 def tile_height(kind: Kind, path: CpuPath) -> int:
     """Rows of the largest tile."""
-    is_tall = path == "avx512_vnni" and FORMATS[kind].bits == 4
+    is_tall = path == "avx512_vnni" and kind != "q8_0"
     return _TALL_ROWS if is_tall else _TILE_ROWS[path]
 
 
@@ -80,6 +88,7 @@ class _Integers:
 
     def __init__(self, b: Any, path: CpuPath, form: BlockFormat) -> None:
         self._b, self._path, self._zero = b, path, form.zero
+        self._offset_at = form.block + 4
         self._lanes = CHUNK_LANES[path]
         self.kind = ir.VectorType(I32, self._lanes)
         # Exact with 4 bits only: eight sums of two products of at most 15 * 127 are below 2**15.
@@ -91,7 +100,7 @@ class _Integers:
         return ir.Constant(self._halves, None) if self._pairs else self._offset(record)
 
     def _offset(self, record: Any) -> Any:
-        return self._spread(record, 36) if self._zero else ir.Constant(self.kind, None)
+        return self._spread(record, self._offset_at) if self._zero else ir.Constant(self.kind, None)
 
     def _spread(self, record: Any, offset: int) -> Any:
         b = self._b
@@ -161,9 +170,10 @@ class _Piece:
         for total, record, value in zip(totals, records, values, strict=True):
             whole = b.sitofp(integers.finish(total, record), self._floats)
             # Scales first: a large activation's times a large sum might not be finite.
-            value = self._fma(b.fmul(scale, self._spread(record, 32)), whole, value)
+            step = b.fmul(scale, self._spread(record, self._form.block))
+            value = self._fma(step, whole, value)
             if least is not None:
-                value = self._fma(least, self._spread(record, 36), value)
+                value = self._fma(least, self._spread(record, self._form.block + 4), value)
             done.append(value)
         return done
 
@@ -207,7 +217,7 @@ def _emit_lanes(b: Any, args: Any, rows: int, kind: Kind, path: CpuPath, first: 
     record = b.add(x, b.mul(index, x_stride))
     if first == 0:
         _emit_prefetches(b, b.add(piece, ahead), form.panel_bytes)
-    records = [b.add(record, I64(r * RECORD_BYTES)) for r in range(rows)]
+    records = [b.add(record, I64(r * record_bytes(form.block))) for r in range(rows)]
     now = _Piece(b, piece, form, path, first).emit_sums(list(sums), records)
     following = b.add(index, I64(1))
     index.add_incoming(following, b.block)
