@@ -147,7 +147,7 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
             records += part * num_rows * blocks * size
             quantise_rows(x, records, num_rows, k, zero, 0, num_rows)
         num_panels, panel_bytes = (n + LANES - 1) // LANES, blocks * piece_bytes
-        ahead = _AHEAD_BYTES if num_rows < _AHEAD_ROWS else panel_bytes
+        next_panel = _AHEAD_BYTES if num_rows < _AHEAD_ROWS else panel_bytes
         sums, chunks = _scratch(), num_chunks(num_rows)
         step = 1 if next_block == 0 else next_block // LANES
         units = num_panels // step
@@ -163,6 +163,8 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
                     spot, stride = sums, _SUM_BYTES
                     if is_direct:
                         spot, stride = out + 4 * (row * n + panel * LANES), 4 * n
+                    # Once is enough, and in vain for later chunks costs a tenth of their time.
+                    ahead = next_panel if row == 0 else 0
                     # One place that calls: tiles are long to compile.
                     for job in range(1 if gate == 0 else 2 * step):
                         half, which = job & 1, job >> 1

@@ -184,7 +184,7 @@ def make_tile(rows: int, kind: Kind, path: CpuPath) -> Any:
 
     tile(x, x_stride, w, blocks, out, out_stride, ahead): addresses and byte counts. x is a row's
     records and x_stride from one block to the next, w the panel's blocks. Lines `ahead` bytes
-    behind the block in work are asked for. Per output, over blocks ascending:
+    behind the block in work are asked for, with 0 none. Per output, over blocks ascending:
     sum = fma(d * scale_x, float(isum), sum), then with minima sum = fma(m, sum_x, sum).
     """
 
@@ -216,7 +216,8 @@ def _emit_lanes(b: Any, args: Any, rows: int, kind: Kind, path: CpuPath, first: 
     piece = b.add(w, b.mul(index, I64(form.panel_bytes)))
     record = b.add(x, b.mul(index, x_stride))
     if first == 0:
-        _emit_prefetches(b, b.add(piece, ahead), form.panel_bytes)
+        with b.if_then(b.icmp_signed("!=", ahead, I64(0))):
+            _emit_prefetches(b, b.add(piece, ahead), form.panel_bytes)
     records = [b.add(record, I64(r * record_bytes(form.block))) for r in range(rows)]
     now = _Piece(b, piece, form, path, first).emit_sums(list(sums), records)
     following = b.add(index, I64(1))
