@@ -286,7 +286,7 @@ class EngineInfo:
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    quantization: str = "none"  # or how, and into which blocks: gguf (q4_1, q8_0)
+    quantization: str = "none"  # or how, and into which blocks: int8 (q8_64)
     num_host_slots: int = 0  # K/V blocks that the host tier can hold
     num_threads: int = 0  # CPU threads that compute; 0 = not told
     max_drafts: int = 0  # of one request in one step; 0 = no speculation

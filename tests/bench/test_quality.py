@@ -63,7 +63,7 @@ def test_a_run(
     )
     arguments = ["--prompts", str(tmp_path / "texts.jsonl"), "--model", str(tmp_path)]
     quality.main([*arguments, "--modes", "none,int8/float32", "--most-tokens", "6", "--write"])
-    assert [row["quantization"] for row in rows] == ["none", "int8 (q8_0)"]
+    assert [row["quantization"] for row in rows] == ["none", "int8 (q8_64)"]
     assert [row["kv_cache_dtype"] for row in rows] == ["float32", "float32"]
     assert rows[0]["num_tokens"] == rows[1]["num_tokens"]
     assert rows[0]["worse_percent"] == 0 and rows[0]["perplexity"] > 1  # type: ignore[operator]

@@ -13,7 +13,12 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 0, "max_tokens": 24, "logprobs": 3},
     {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 24, "logprobs": 3},
 ]
-KINDS = {"auto": "gguf (q4_1, q8_0)", "int8": "int8 (q8_0)", "int4": "int4 (q4_1, q8_0)"}
+KINDS = {
+    "auto": "int8 (q8_64)",
+    "gguf": "gguf (q4_1, q8_0)",
+    "int8": "int8 (q8_64)",
+    "int4": "int4 (q4_1, q8_0)",
+}
 
 
 def engine(**options: Any) -> LLM:
@@ -37,7 +42,7 @@ def exact(texts: list[str]) -> float:
     return perplexity(engine(quantization="none"), texts)
 
 
-@pytest.mark.parametrize("mode", ["auto", "int8"])
+@pytest.mark.parametrize("mode", ["auto", "gguf"])
 def test_perplexity_is_that_of_the_whole_weights(mode: str, exact: float, texts: list[str]) -> None:
     llm = engine(quantization=mode)
     assert llm.info.quantization == KINDS[mode] and llm.info.kv_cache_dtype == "int8"
@@ -48,7 +53,7 @@ def test_perplexity_is_that_of_the_whole_weights(mode: str, exact: float, texts:
     assert rounded < 1.01 * exact
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["gguf", "int8", "int4"])
 def test_same_request_same_bits(mode: str, real_prompts: list[str]) -> None:
     """The default mode has the whole table, in test_same_bits.py."""
     subject = real_prompts[33][:600]

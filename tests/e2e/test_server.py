@@ -59,9 +59,10 @@ def test_capital_of_france(client: openai.OpenAI) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps no blocks")
 def test_the_weights_are_told(server: Server, client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
-    told = "gguf (q4_1, q8_0)"
+    told = "int8 (q8_64)"
     assert card.model_dump()["quantization"] == told
-    line = f"  weights  {told}, as in the file; exact with --quantization none\n"
+    reason = "the fastest that holds its quality"
+    line = f"  weights  {told}, {reason}; exact with --quantization none\n"
     assert line in server.log.read_text()
 
 

@@ -86,6 +86,34 @@ def test_a_files_blocks_are_kept(kind: Kind) -> None:
     assert torch.equal(gather_rows(weight, ids), want[ids])
 
 
+@pytest.mark.parametrize("kind", FILED)
+def test_any_files_blocks_become_those_of_64(kind: Kind) -> None:
+    quants = pytest.importorskip("gguf.quants")
+    number = getattr(pytest.importorskip("gguf").GGMLQuantizationType, kind.upper())
+    for k in (32, 96, 192):
+        plain = np.random.default_rng(k).standard_normal((50, k), dtype=np.float32)
+        raw = quants.quantize(plain, number)
+        weight, wide = BlockWeight.empty("q8_64", 50, k), BlockWeight.empty("q8_64", 50, k)
+        for start, end in ((40, 50), (0, 5), (5, 40)):
+            write_blocks(weight, torch.from_numpy(raw[start:end]), start=start)
+        write_rows(wide, torch.from_numpy(quants.dequantize(raw, number)), start=0)
+        assert same_bits(weight.data, wide.data)
+
+
+def test_blocks_of_64_are_rounded_as_defined() -> None:
+    torch.manual_seed(11)
+    scales = 10.0 ** torch.randint(-9, 8, (300, 1))  # below float16's normal numbers, and beyond
+    rows = torch.randn(300, 3 * 64) * scales
+    rows[7], rows[8, 70:80], rows[9, 3] = 0.0, -0.0, float("nan")
+    parts = rows.view(300, 3, 64)
+    scale = (parts.abs().amax(2, keepdim=True) / 127).half().float()
+    codes = (parts * (1 / scale)).round().clamp(-128, 127).nan_to_num(0)
+    want = torch.where(scale.isfinite(), codes * scale, torch.nan)
+    got = dequantise(_weight("q8_64", rows)).view_as(want)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert want.isfinite().any() and want.isnan().any() and (want.abs() < 1e-6).any()
+
+
 @pytest.mark.parametrize(("kind", "path"), WAYS)
 def test_every_path_sums_a_chain_over_blocks(kind: Kind, path: CpuPath) -> None:
     torch.manual_seed(1)
@@ -323,7 +351,7 @@ def test_refusals_name_what_was_got() -> None:
         write_blocks(weight, torch.zeros(3, 36, dtype=torch.uint8), start=0)
     with pytest.raises(ValueError, match=r"got rows of 64 for weights in blocks of 32"):
         matmul_blocks(quantise_rows(x, kind="q8_0"), _weight("q8_64", torch.randn(10, 64)))
-    with pytest.raises(ValueError, match=r"no file has q8_64 blocks"):
+    with pytest.raises(ValueError, match=r"2 blocks of 18 or 20 or 34\] uint8, got .* \[3, 66\]"):
         write_blocks(BlockWeight.empty("q8_64", 3, 64), torch.zeros(3, 66).byte(), start=0)
     with pytest.raises(ValueError, match=r"one of q4_0, q4_1, q8_0, q8_64, got 'q5_0'"):
         BlockWeight.empty("q5_0", 2, 2)  # type: ignore[arg-type]

@@ -32,7 +32,8 @@ def chosen(types: Mapping[str, str], **options: Any) -> Quantization:
 @pytest.mark.parametrize(
     ("types", "options", "mode"),
     [
-        (Q4, {}, "gguf"),
+        (Q4, {}, "int8"),
+        (Q4, {"quantization": "gguf"}, "gguf"),
         (FLOATS, {}, "int8"),
         ({}, {}, "int8"),
         ({"a": "Q6_K"}, {}, "int8"),
@@ -56,7 +57,9 @@ def test_mode(types: Mapping[str, str], options: dict[str, Any], mode: str) -> N
         ("gguf", ["a", "c"], "q8_0"),
         ("gguf", ["d"], "q8_0"),
         ("gguf", ["unknown"], "q8_0"),
-        ("int8", ["a", "b"], "q8_0"),
+        ("int8", ["a", "b"], "q8_64"),
+        ("int8", ["c"], "q8_64"),
+        ("int8", ["unknown"], "q8_64"),
         ("int4", ["a", "b"], "q4_1"),
         ("int4", ["c"], "q4_1"),
         ("none", ["a"], None),
@@ -69,12 +72,15 @@ def test_kind_of_a_stack(mode: Any, names: list[str], kind: str | None) -> None:
 
 
 def test_a_token_table_keeps_8_bits() -> None:
-    for mode in ("int8", "int4", "gguf"):
-        assert Quantization(mode=mode, stored=Q4).kind(["table"], is_table=True) == "q8_0"  # type: ignore[arg-type]
-        assert Quantization(mode=mode).kind(["table"], is_table=True) == "q8_0"  # type: ignore[arg-type]
+    wanted: dict[Any, str] = {"int8": "q8_64", "int4": "q8_0", "gguf": "q8_0"}
+    for mode, kind in wanted.items():
+        for stored in (Q4, {}):
+            quantization = Quantization(mode=mode, stored=stored)
+            assert quantization.kind(["table"], is_table=True) == kind
+            assert kind in quantization.kinds
     small = {"table": "Q4_0"}
     assert Quantization(mode="gguf", stored=small).kind(["table"], is_table=True) == "q4_0"
-    assert Quantization(mode="int8", stored=small).kind(["table"], is_table=True) == "q8_0"
+    assert Quantization(mode="int8", stored=small).kind(["table"], is_table=True) == "q8_64"
 
 
 def test_what_changed_is_told_where_it_was_to_stay() -> None:

@@ -59,7 +59,7 @@ def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: boo
     assert (info.max_num_seqs, info.max_num_batched_tokens) == (4, 256)
     assert (info.architecture, info.vocab_size) == ("LlamaForCausalLM", 300)
     if dtype == "auto":
-        assert (info.quantization, info.dtype) == ("int8 (q8_0)", "float32")
+        assert (info.quantization, info.dtype) == ("int8 (q8_64)", "float32")
         assert info.kv_cache_dtype == "int8"
     else:
         assert (info.quantization, info.dtype, info.kv_cache_dtype) == ("none", dtype, dtype)
@@ -72,10 +72,10 @@ def test_a_built_worker_answers(model_folder: Path, dtype: str, is_threaded: boo
     ("quantization", "cached", "told", "kept"),
     [
         ("none", "auto", "none", "float32"),
-        ("int8", "auto", "int8 (q8_0)", "int8"),
+        ("int8", "auto", "int8 (q8_64)", "int8"),
         ("int4", "auto", "int4 (q4_1, q8_0)", "int8"),
         ("int4", "float32", "int4 (q4_1, q8_0)", "float32"),
-        ("int8", "float16", "int8 (q8_0)", "float16"),
+        ("int8", "float16", "int8 (q8_64)", "float16"),
     ],
 )
 def test_quantisation_is_told(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from octavo_kernels.matmul.packed import weight_zeros
-from octavo_kernels.quant_matmul.cpu_blocks_tile import FORMATS, Kind
+from octavo_kernels.quant_matmul.cpu_blocks_tile import FILED, FILED_BLOCK, FORMATS, Kind
+from octavo_kernels.quant_matmul.cpu_requantise import Source, requantise_kernel
 from octavo_kernels.simd import LANES
 
 _ROWS_AT_ONCE = 1024  # that are quantised together: bounds the temporaries
@@ -53,27 +54,39 @@ class BlockWeight:
 
 
 def write_blocks(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
-    """Writes a GGUF file's rows [n', bytes of a row] uint8 as rows start..start+n', lossless.
+    """Writes a GGUF file's rows [n', bytes of a row] uint8 as rows start..start+n'.
 
-    Raises ValueError where a row is not whole blocks of the weight's kind, or rows do not fit, or
-    no file has such blocks.
+    Lossless where the file's kind is the weight's; a weight of `q8_64` takes every kind of a file.
+    Raises ValueError where a row is not whole blocks of a kind it takes, or rows do not fit.
     """
-    form = FORMATS[weight.kind]
-    if not form.is_filed:
-        raise ValueError(f"no file has {weight.kind} blocks")
-    blocks, left = divmod(weight.k, form.block)
-    width = blocks * form.file_bytes
-    if left or rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != width:
+    takes = FILED if weight.kind == "q8_64" else (weight.kind,)
+    blocks, left = divmod(weight.k, FILED_BLOCK)
+    kinds = [kind for kind in takes if rows.shape[1:] == (blocks * FORMATS[kind].file_bytes,)]
+    if left or rows.dtype != torch.uint8 or not kinds:
+        sizes = " or ".join(str(FORMATS[kind].file_bytes) for kind in takes)
         raise ValueError(
-            f"{weight.kind} rows of {weight.k} elements are [n, {weight.k / form.block:g} blocks of"
-            f" {form.file_bytes}] uint8, got {rows.dtype} {list(rows.shape)}"
+            f"{weight.kind} rows of {weight.k} elements are [n, {weight.k / FILED_BLOCK:g} blocks"
+            f" of {sizes}] uint8, got {rows.dtype} {list(rows.shape)}"
         )
+    form = FORMATS[kinds[0]]
+    if weight.kind == "q8_64":
+        _requantise(weight, rows, kinds[0], start)
+        return
     pieces = rows.reshape(rows.shape[0], blocks, form.file_bytes)
     head = 2 * (1 + form.has_min)
     codes = pieces[:, :, head:].contiguous().view(torch.int32)
     if form.bits == 8:
         codes = codes ^ -0x7F7F7F80  # 0x80808080: int8 to codes + 128
     _place(weight, codes, pieces[:, :, :head].contiguous().view(torch.int16), start)
+
+
+def _requantise(weight: BlockWeight, rows: Tensor, source: Source, start: int) -> None:
+    _require_fit(weight, rows.shape[0], start)
+    kept = rows.contiguous()
+    # As one part: whoever loads a model does so in threads of its own.
+    requantise_kernel(source)(
+        1, kept.data_ptr(), weight.data.data_ptr(), start, kept.shape[0], weight.k
+    )
 
 
 def write_rows(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
@@ -89,6 +102,9 @@ def write_rows(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
     _require_fit(weight, rows.shape[0], start)
     for first in range(0, rows.shape[0], _ROWS_AT_ONCE):
         wide = rows[first : first + _ROWS_AT_ONCE].float()
+        if weight.kind == "q8_64":
+            _requantise(weight, wide, "float32", start + first)
+            continue
         block = FORMATS[weight.kind].block
         wide = torch.nn.functional.pad(wide, (0, -weight.k % block))
         codes, halves = _quantise(weight.kind, wide.view(wide.shape[0], -1, block))

@@ -1,6 +1,6 @@
 """Matmul over weights of 4- and 8-bit blocks on the CPU; knows no layer, no file and no model.
 
-`write_blocks` takes a GGUF file's blocks as they are, `write_rows` quantises floats. Activations
+`write_blocks` takes a GGUF file's blocks, `write_rows` quantises floats. Activations
 get int8 codes and a scale per row and block, sums of codes are exact integers, and each
 block is added to a float32 chain over K ascending. A row's bits depend on that row alone, and are
 the same on every kind of CPU.
@@ -9,6 +9,7 @@ the same on every kind of CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from octavo_kernels.quant_matmul.cpu_records import (
     quantise_kernel,
     record_bytes,
 )
+from octavo_kernels.quant_matmul.cpu_requantise import Source, requantise_kernel
 from octavo_kernels.silu_mul import gelu_tanh_mul, silu_mul
 from octavo_kernels.simd import LANES
 
@@ -287,7 +289,12 @@ def _refusal(name: str, tensor: Tensor, shape: Sequence[int | str]) -> ValueErro
 
 
 def kernels(kind: Kind) -> tuple[Kernel, ...]:
-    """What a server with weights of a kind calls on this machine."""
+    """What a server with weights of a kind calls on this machine, as it loads and later."""
+    loading = map(requantise_kernel, get_args(Source)) if kind == "q8_64" else ()
+    return (*_serving(kind), *loading)
+
+
+def _serving(kind: Kind) -> tuple[Kernel, ...]:
     return (
         quantise_kernel(FORMATS[kind].block),
         normalise_kernel(FORMATS[kind].block),
@@ -297,6 +304,6 @@ def kernels(kind: Kind) -> tuple[Kernel, ...]:
 
 
 def warm(kind: Kind) -> None:
-    """Compiles, or loads from the cache, the kernels for weights of a kind."""
-    for kernel in kernels(kind):
+    """Compiles, or loads from the cache, the kernels for weights of a kind that are loaded."""
+    for kernel in _serving(kind):
         assert kernel.address

@@ -39,7 +39,6 @@ class BlockFormat:
     bits: int
     zero: int  # the code of weight 0; 0 where blocks have minima instead
     block: int = 32  # elements of K that share a scale
-    is_filed: bool = True
 
     @property
     def code_bytes(self) -> int:
@@ -66,8 +65,11 @@ FORMATS: dict[Kind, BlockFormat] = {
     "q4_0": BlockFormat(bits=4, zero=8),
     "q4_1": BlockFormat(bits=4, zero=0),
     "q8_0": BlockFormat(bits=8, zero=128),
-    "q8_64": BlockFormat(bits=8, zero=128, block=64, is_filed=False),
+    "q8_64": BlockFormat(bits=8, zero=128, block=64),
 }
+# What GGUF files have too, in blocks of that many elements.
+FILED: tuple[Kind, ...] = ("q4_0", "q4_1", "q8_0")
+FILED_BLOCK = 32
 
 # Of the largest tile, which has an integer and a float sum for each row and spills nothing: 12
 # rows fill 29 of AVX-512's 32 registers; of AVX2's 16, products without VNNI need more.

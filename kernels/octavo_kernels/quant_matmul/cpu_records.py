@@ -60,7 +60,8 @@ def _splat_int(value: int) -> Any:
     return ir.Constant(VI32, [value] * LANES)
 
 
-def _fold(b: Any, vector: Any, combine: Any) -> Any:
+def fold(b: Any, vector: Any, combine: Any) -> Any:
+    """LLVM: one int32 of a vector's, combined in halves."""
     width = LANES
     while width > 1:
         width //= 2
@@ -109,7 +110,7 @@ def block_quantiser(block: int) -> Any:
             return b.select(b.icmp_signed(">", x, y), x, y)
 
         # Of magnitudes as integers: no order of comparing loses a NaN.
-        top = _fold(b, reduce(larger, sizes), larger)
+        top = fold(b, reduce(larger, sizes), larger)
         amax = b.bitcast(top, F32)
         is_finite = b.icmp_signed("<", top, I32(_INF_BITS))
         is_live = b.and_(is_finite, b.icmp_signed(">=", top, I32(_SMALLEST_BITS)))
@@ -123,7 +124,7 @@ def block_quantiser(block: int) -> Any:
             codes.append(b.sub(b.bitcast(shifted, VI32), _splat_int(_ROUNDER_BITS)))
             small = b.trunc(codes[-1], ir.VectorType(ir.IntType(8), LANES))
             b.store(small, pointer(b, b.add(record, I64(LANES * index)), small.type), align=1)
-        total = _fold(b, reduce(b.add, codes), b.add)
+        total = fold(b, reduce(b.add, codes), b.add)
         b.store(scale, pointer(b, b.add(record, I64(block)), F32), align=4)
         meant = b.bitcast(b.fmul(b.sitofp(total, F32), scale), I32)
         last = b.select(b.icmp_signed("==", zero, I32(0)), meant, b.mul(total, b.neg(zero)))

@@ -204,9 +204,7 @@ def _weights(config: EngineConfig, info: EngineInfo) -> str:
     mode, wanted = info.quantization.partition(" ")[0], config.model.quantization
     if mode == "none":
         return f"not quantised, as asked for: {info.dtype}" if wanted == "none" else info.dtype
-    reason = "as asked for"
-    if wanted == "auto":
-        reason = "as in the file" if mode == "gguf" else "the fastest that holds its quality"
+    reason = "the fastest that holds its quality" if wanted == "auto" else "as asked for"
     return f"{info.quantization}, {reason}; exact with --quantization none"
 
 

@@ -78,4 +78,4 @@ def matrix_slot(weight: Weight, *, offset: int = 0, size: int | None = None) -> 
         weight.write(rows, offset + start)
 
     shape = (weight.n if size is None else size, weight.k)
-    return WeightSlot(shape=shape, write=write, block_kind=weight.block_kind)
+    return WeightSlot(shape=shape, write=write, block_kinds=weight.block_kinds)

@@ -13,14 +13,14 @@ class WeightSlot:
     """Filled by rows, in any order, so that a tensor need never be whole in memory.
 
     ``write(rows, start)`` takes ``[n, *shape[1:]]`` of any float dtype for rows ``start`` on, from
-    the CPU or the platform's device. Where there is a ``block_kind`` it also takes a GGUF file's
-    rows of such blocks as they are, uint8.
+    the CPU or the platform's device. It also takes a GGUF file's rows of blocks of
+    ``block_kinds``, such as q4_1, as they are: uint8.
     """
 
     shape: tuple[int, ...]
     write: Callable[[Tensor, int], None]
     kind: str = "weight"  # "weight", "bias" or "norm": what random weights should look like
-    block_kind: str | None = None
+    block_kinds: tuple[str, ...] = ()
 
 
 def vector_slot(

@@ -149,7 +149,7 @@ def copy_rows(tensor: CheckpointTensor, slot: WeightSlot) -> None:
             f"the config says {list(slot.shape)}"
         )
     num_rows, read = tensor.shape[0], tensor.read
-    if tensor.read_blocks is not None and tensor.block_kind == slot.block_kind:
+    if tensor.read_blocks is not None and tensor.block_kind in slot.block_kinds:
         read = tensor.read_blocks
     step = num_rows if tensor.whole else _chunk_rows(tensor.shape)
     for start in range(0, num_rows, step):

@@ -29,12 +29,12 @@ class Weight(Protocol):
         """Memory that it takes."""
 
     @property
-    def block_kind(self) -> str | None:
-        """The kind of a GGUF file's blocks that it is made of, such as q4_1, if it is."""
+    def block_kinds(self) -> tuple[str, ...]:
+        """The kinds of a GGUF file's blocks that `write` takes, such as q4_1."""
 
     def write(self, rows: Tensor, start: int) -> None:
         """Sets rows [start, start + len(rows)) from [n, K] of any float dtype, on the CPU or the
-        platform's device, or from a file's blocks of its kind, [n, bytes of a row] uint8.
+        platform's device, or from a file's blocks of its kinds, [n, bytes of a row] uint8.
         Threads may write different rows at once."""
 
     def linear(

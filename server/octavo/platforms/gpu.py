@@ -49,7 +49,7 @@ class _Staging(threading.local):
 class GPUWeight:
     """`Weight` as a plain tensor [N, K]; activations are of its dtype."""
 
-    block_kind: str | None = None
+    block_kinds: tuple[str, ...] = ()
 
     def __init__(self, data: Tensor, *, staging: _Staging, use_pdl: bool) -> None:
         self._data = data

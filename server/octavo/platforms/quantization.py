@@ -18,9 +18,10 @@ Mode = Literal["none", "int8", "int4", "gguf"]
 KEPT: Mapping[str, Kind] = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0"}
 _FLOATS = ("F32", "F16", "BF16")
 # What floats become, and which kinds of a file a mode leaves alone.
-_MADE: Mapping[Mode, Kind] = {"int8": "q8_0", "int4": "q4_1", "gguf": "q8_0"}
+_MADE: Mapping[Mode, Kind] = {"int8": "q8_64", "int4": "q4_1", "gguf": "q8_0"}
+_MADE_TABLES: Mapping[Mode, Kind] = {"int8": "q8_64", "int4": "q8_0", "gguf": "q8_0"}
 _LEFT: Mapping[Mode, Sequence[Kind]] = {
-    "int8": ("q8_0",),
+    "int8": (),  # products with 64 codes a scale are faster than with any kind of a file
     "int4": ("q4_0", "q4_1"),
     "gguf": ("q4_0", "q4_1", "q8_0"),
 }
@@ -29,7 +30,7 @@ _MOST_LISTED = 3  # matrices in a line of the log
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How a model's matrices are kept: as floats, or as blocks of 32 with a scale each.
+    """How a model's matrices are kept: as floats, or as blocks of codes with a scale each.
 
     ``stored``: the GGUF type of each matrix that the checkpoint has, by its checkpoint name.
     """
@@ -43,7 +44,7 @@ class Quantization:
         if self.mode == "none":
             return ()
         left = {KEPT[t] for t in self.stored.values() if t in KEPT} & set(_LEFT[self.mode])
-        return tuple(sorted({*left, "q8_0", _MADE[self.mode]}))
+        return tuple(sorted({*left, _MADE_TABLES[self.mode], _MADE[self.mode]}))
 
     def kind(self, names: Sequence[str], *, is_table: bool = False) -> Kind | None:
         """Of the matrix that stacks these checkpoint tensors; None for floats.
@@ -58,7 +59,7 @@ class Quantization:
         kind = stored.pop() if len(stored) == 1 else None
         if kind in _LEFT[self.mode]:
             return kind
-        return "q8_0" if is_table else _MADE[self.mode]
+        return (_MADE_TABLES if is_table else _MADE)[self.mode]
 
     def changed(self, names: Sequence[str], *, kind: Kind | None) -> list[str]:
         """Those of a stack that are not kept as the file has them, though that was the mode:
@@ -72,15 +73,15 @@ class Quantization:
 def choose(model: ModelConfig, *, files: ModelFiles) -> Quantization:
     """What ``--quantization`` comes to for these files on a CPU.
 
-    ``auto`` keeps a GGUF file's blocks, and makes 8-bit blocks of floats; where ``--dtype`` names
-    a dtype it is ``none``. Raises ValueError for what does not go together.
+    ``auto`` is ``int8``, of a GGUF file's blocks too; where ``--dtype`` names a dtype it is
+    ``none``. Raises ValueError for what does not go together.
     """
     wanted, stored = model.quantization, files.weight_types
     has_blocks = any(type in KEPT for type in stored.values())
     if wanted == "auto":
         if model.dtype != "auto":
             return Quantization()
-        return Quantization(mode="gguf" if has_blocks else "int8", stored=stored)
+        return Quantization(mode="int8", stored=stored)
     if wanted == "none":
         return Quantization()
     if model.dtype not in ("auto", "float32"):
