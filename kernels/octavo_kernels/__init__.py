@@ -35,6 +35,7 @@ def kernels(
         row_copy,
         sampling,
         silu_mul,
+        step_inputs,
     )
     from octavo_kernels.quant_matmul import blocks
 
@@ -43,6 +44,7 @@ def kernels(
     found = [*multiplying, *paged_attention.kernels(cache_dtype=cache_dtype)]
     for op in (block_copy, block_move, rms_norm, rotary_kv_write, row_copy, sampling, silu_mul):
         found += op.kernels()
+    found += step_inputs.kernels()
     return found
 
 

@@ -90,6 +90,8 @@ def no_kernel(op: str, tensor: Tensor, *, have: tuple[str, ...] = ("cpu",)) -> V
 
 def require_device(op: str, tensor: Tensor, *, have: tuple[str, ...] = ("cpu",)) -> None:
     """Raises ValueError where `op` has no kernel for the tensor's device."""
+    if tensor.is_cpu and "cpu" in have:  # the usual case, without making a device's name
+        return
     if tensor.device.type not in have:
         raise no_kernel(op, tensor, have=have)
 

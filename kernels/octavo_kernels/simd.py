@@ -139,6 +139,12 @@ def put_bf16(b: Any, a: Any) -> Any:
 
 
 @vector_op(types.void, types.int64, types.int64)
+def put_i32(b: Any, a: Any) -> Any:
+    """Stores the low 32 bits of an integer."""
+    b.store(b.trunc(a[1], I32), pointer(b, a[0], I32), align=4)
+
+
+@vector_op(types.void, types.int64, types.int64)
 def put_i64(b: Any, a: Any) -> Any:
     """Stores one int64."""
     b.store(a[1], pointer(b, a[0], I64), align=8)

@@ -1,4 +1,13 @@
-"""What a step on a GPU reads, made there from persistent tables: see `step_inputs.gpu`.
+"""What a step reads, made from persistent tables: on a GPU `step_inputs.gpu`, on a CPU here."""
 
-Workers on a CPU have their tables at hand and need no kernel.
-"""
+from __future__ import annotations
+
+from octavo_kernels import parallel
+from octavo_kernels.step_inputs.cpu import BAD_COUNT, NO_BLOCK, fill_step
+
+__all__ = ["BAD_COUNT", "NO_BLOCK", "fill_step", "kernels"]
+
+
+def kernels() -> tuple[parallel.Kernel, ...]:
+    """What a server on a CPU calls."""
+    return (fill_step,)

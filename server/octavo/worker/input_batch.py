@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -12,25 +13,41 @@ from torch import Tensor
 
 from octavo.attention.base import AttentionMetadata
 from octavo.worker.request_table import RequestTable
+from octavo_kernels.step_inputs import BAD_COUNT, NO_BLOCK, fill_step
 
 _NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: `attn` is made when asked for
 class InputBatch:
     """The tokens of R requests, packed one request after the other (T in all)."""
 
     request_ids: tuple[str, ...]
     rows: npt.NDArray[np.int64]  # [R] of the request table
     num_scheduled: npt.NDArray[np.int32]  # [R] tokens that are known, without drafts
-    token_ids: Tensor  # [T] int32
-    attn: AttentionMetadata
+    num_tokens: int  # T
+    buffers: StepBuffers
     # Of each token after which one is drawn, a request's side by side: the request's index, the
     # drafts up to it, and its place in [0, T). The first is the request's last known token.
     samples: npt.NDArray[np.int64]  # [S]
     sample_depths: npt.NDArray[np.int32]  # [S]
     sample_tokens: npt.NDArray[np.int32]  # [S]
     has_drafts: bool = False
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[T] int32."""
+        return self._inputs[0]
+
+    @property
+    def attn(self) -> AttentionMetadata:
+        return self._inputs[1]
+
+    @cached_property
+    def _inputs(self) -> tuple[Tensor, AttentionMetadata]:
+        """Made at the first look, as a pass that is replayed needs none."""
+        num_requests = len(self.request_ids)
+        return self.buffers.of_batch(num_tokens=self.num_tokens, num_requests=num_requests)
 
 
 class StepBuffers:
@@ -49,7 +66,7 @@ class StepBuffers:
         self._query_start_loc = torch.zeros(max_num_seqs + 1, dtype=torch.int32)
         self._seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32)
         self._num_requests = torch.zeros(1, dtype=torch.int64)
-        # numpy's views of the same memory, which are quicker to write through.
+        # numpy's views of the same memory, for those who write single tokens.
         self.token_ids = self._token_ids.numpy()
         self.positions = self._positions.numpy()
         self.slots = self._slots.numpy()
@@ -57,6 +74,55 @@ class StepBuffers:
         self.query_start_loc = self._query_start_loc.numpy()
         self.seq_lens = self._seq_lens.numpy()
         self.num_requests = self._num_requests.numpy()
+        # Per token to draw after, and what `fill_step` found.
+        self._samples = np.zeros(max_num_tokens, np.int64)
+        self._sample_depths = np.zeros(max_num_tokens, np.int32)
+        self._sample_tokens = np.zeros(max_num_tokens, np.int32)
+        self._found = np.zeros(3, np.int64)
+        # Addresses of what stays where it is, in the kernel's order.
+        self._of_table = (
+            *_address_and_stride(table.token_ids),
+            *_address_and_stride(table.block_tables),
+            table.num_tokens.ctypes.data,
+            table.num_computed_tokens.ctypes.data,
+            table.num_blocks.ctypes.data,
+            table.block_size,
+        )
+        self._of_step = (
+            self._token_ids.data_ptr(),
+            self._positions.data_ptr(),
+            self._slots.data_ptr(),
+            *_address_and_stride(self.block_tables),
+            self._query_start_loc.data_ptr(),
+            self._seq_lens.data_ptr(),
+            self._num_requests.data_ptr(),
+            self._samples.ctypes.data,
+            self._sample_depths.ctypes.data,
+            self._sample_tokens.ctypes.data,
+            self._found.ctypes.data,
+        )
+        self._table = table  # which owns the memory behind the addresses
+
+    def fill(
+        self,
+        rows: npt.NDArray[np.int64],
+        *,
+        num_known: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int32],
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Writes the batch of these rows; returns `InputBatch`'s samples, depths and tokens.
+
+        They are of these buffers, too. num_known, counts: tokens of each row without drafts and
+        with them, which fit the buffers.
+        """
+        fill_step(
+            1, rows.ctypes.data, num_known.ctypes.data, counts.ctypes.data, len(rows),
+            *self._of_table, *self._of_step,
+        )  # fmt: skip
+        drawn, status, _ = self._found.tolist()
+        assert status != BAD_COUNT, "scheduled past the known tokens"
+        assert status != NO_BLOCK, "tokens without a block"
+        return self._samples[:drawn], self._sample_depths[:drawn], self._sample_tokens[:drawn]
 
     def of_batch(self, *, num_tokens: int, num_requests: int) -> tuple[Tensor, AttentionMetadata]:
         """Token ids [T] and metadata of the batch that lies here."""
@@ -101,48 +167,21 @@ def build_input_batch(
         num_drafts = np.asarray([len(drafts.get(name, ())) for name in request_ids], np.int32)
         counts = num_known + num_drafts
         table.write_drafts(drafts)
-    num_requests, num_tokens = len(rows), int(counts.sum())
-    assert num_requests <= buffers.max_num_seqs and num_tokens <= buffers.max_num_tokens
-    computed = table.num_computed_tokens[rows]
-    seq_lens = np.add(computed, counts, out=buffers.seq_lens[:num_requests])
-    known = table.num_tokens[rows]
-    last_known = computed + num_known
-    assert (num_known > 0).all() and (last_known <= known).all(), "scheduled past the known tokens"
-    starts = buffers.query_start_loc[: num_requests + 1]
-    np.cumsum(counts, out=starts[1:])
-    positions = buffers.positions[:num_tokens]
-    if num_tokens == num_requests:  # one token each, as in most steps
-        row_of_token = rows
-        positions[:] = computed
-    else:
-        row_of_token = np.repeat(rows, counts)
-        # Position of token t of request r: computed[r] + t - starts[r].
-        positions[:] = np.arange(num_tokens, dtype=np.int32)
-        positions += np.repeat(computed - starts[:-1], counts)
-    block_size = table.block_size
-    blocks, offsets = np.divmod(positions, np.int32(block_size))
-    buffers.slots[:num_tokens] = table.block_tables[row_of_token, blocks] * block_size + offsets
-    buffers.token_ids[:num_tokens] = table.token_ids[row_of_token, positions]
-    max_blocks = -(-int(seq_lens.max()) // block_size)
-    assert (-(-seq_lens // block_size) <= table.num_blocks[rows]).all(), "tokens without a block"
-    buffers.block_tables[:num_requests, :max_blocks] = table.block_tables[rows, :max_blocks]
-    buffers.num_requests[0] = num_requests
-    token_ids, attn = buffers.of_batch(num_tokens=num_tokens, num_requests=num_requests)
-    samples = np.flatnonzero(last_known == known)
-    depths = np.zeros(len(samples), np.int32)
-    if drafts:
-        each = 1 + num_drafts[samples]
-        first = np.cumsum(each) - each
-        samples = np.repeat(samples, each)
-        depths = np.arange(len(samples), dtype=np.int32) - np.repeat(first, each).astype(np.int32)
+    num_tokens = sum(num_scheduled_tokens) + sum(map(len, drafts.values()))
+    assert len(rows) <= buffers.max_num_seqs and num_tokens <= buffers.max_num_tokens
+    samples, depths, sample_tokens = buffers.fill(rows, num_known=num_known, counts=counts)
     return InputBatch(
         request_ids=tuple(request_ids),
         rows=rows,
         num_scheduled=num_known,
-        token_ids=token_ids,
-        attn=attn,
+        num_tokens=num_tokens,
+        buffers=buffers,
         samples=samples,
         sample_depths=depths,
-        sample_tokens=starts[samples] + num_known[samples] - 1 + depths,
+        sample_tokens=sample_tokens,
         has_drafts=bool(drafts),
     )
+
+
+def _address_and_stride(array: npt.NDArray[np.int32]) -> tuple[int, int]:
+    return array.ctypes.data, array.strides[0]

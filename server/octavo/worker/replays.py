@@ -65,7 +65,10 @@ class ForwardReplays:
         With them logits [T, V] where each of few tokens is one to draw after, else None. Raises
         ValueError for what kernels find wrong with the batch, and what the model raises.
         """
-        has_logits = len(batch.token_ids) == len(batch.samples) <= MAX_LOGITS_ROWS
+        has_logits = batch.num_tokens == len(batch.samples) <= MAX_LOGITS_ROWS
+        found = self._replay((batch.num_tokens, has_logits))
+        if found is not None:
+            return found
         return self.run(batch.token_ids, batch.attn, has_logits=has_logits)
 
     def run(
@@ -73,12 +76,9 @@ class ForwardReplays:
     ) -> tuple[Tensor, Tensor | None]:
         """The same of tokens and metadata that lie in the buffers."""
         kind = len(token_ids), has_logits
-        found = self._passes.get(kind)
+        found = self._replay(kind)
         if found is not None:
-            self._passes.move_to_end(kind)
-            found.launches.replay()
-            found.attn.check()
-            return found.hidden, found.logits
+            return found
         if kind in self._seen and self._is_able:
             try:
                 return self._record(kind)
@@ -89,6 +89,15 @@ class ForwardReplays:
         hidden, logits = self._pass(token_ids, attn, has_logits=has_logits)
         attn.check()
         return hidden, logits
+
+    def _replay(self, kind: _Kind) -> tuple[Tensor, Tensor | None] | None:
+        found = self._passes.get(kind)
+        if found is None:
+            return None
+        self._passes.move_to_end(kind)
+        found.launches.replay()
+        found.attn.check()
+        return found.hidden, found.logits
 
     def _pass(
         self, token_ids: Tensor, attn: AttentionMetadata, *, has_logits: bool
