@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import Executor
+
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -10,12 +13,12 @@ from octavo.checkpoint.draft_head import DraftHeadFiles
 from octavo.models.base import Model
 from octavo.models.draft_head import LAYER, DraftHead
 from octavo.models.fingerprint import is_same_target, target_fingerprint
-from octavo.models.loader import copy_rows
+from octavo.models.loader import copy_rows, loading_threads, wait_for
 from octavo.models.weights import CheckpointTensor, safetensors_tensors
 from octavo.platforms.base import Platform
 
 _HEAD, _VECTORS, _OFFSETS, _IS_DRAFTED = "lm_head.weight", "embed_tokens.weight", "d2t", "t2d"
-_ROWS = 4096  # of the target's output matrix that are read at a time
+_ROWS = 1024  # of the target's output matrix that are read at a time
 
 
 def load_draft_head(
@@ -32,35 +35,49 @@ def load_draft_head(
     Raises ValueError where it was made for another model, naming both, and for tensors that are
     missing, unexpected or misshapen.
     """
-    _check_target(files, target=target, target_name=target_name)
-    tensors = {_plain_name(each.name): each for each in safetensors_tensors(files.weights)}
-    tensors.pop(_IS_DRAFTED, None)
-    offsets = tensors.pop(_OFFSETS, None)
-    head = DraftHead(
-        files.spec,
-        target=target,
-        platform=platform,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        has_embedding=_VECTORS in tensors,
-    )
-    if offsets is not None:
-        _set_token_ids(head, offsets)
+    with loading_threads() as pool:
+        _check_target(files, target=target, target_name=target_name)
+        tensors = {_plain_name(each.name): each for each in safetensors_tensors(files.weights)}
+        tensors.pop(_IS_DRAFTED, None)
+        offsets = tensors.pop(_OFFSETS, None)
+        head = DraftHead(
+            files.spec,
+            target=target,
+            platform=platform,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            has_embedding=_VECTORS in tensors,
+        )
+        if offsets is not None:
+            _set_token_ids(head, offsets)
+        _fill(head, tensors, target=target, name=files.name, pool=pool)
+    return head
+
+
+def _fill(
+    head: DraftHead,
+    tensors: Mapping[str, CheckpointTensor],
+    *,
+    target: Model,
+    name: str,
+    pool: Executor,
+) -> None:
     slots = head.slots()
     missing = sorted(set(slots) - set(tensors) - {_HEAD})
     if missing:
-        raise ValueError(f"draft head {files.name} lacks {', '.join(missing)}")
-    for name, tensor in tensors.items():
-        if name not in slots:
+        raise ValueError(f"draft head {name} lacks {', '.join(missing)}")
+    for key, tensor in tensors.items():
+        if key not in slots:
             raise ValueError(
-                f"a draft head has no place for the tensor {name} {list(tensor.shape)} in "
+                f"a draft head has no place for the tensor {key} {list(tensor.shape)} in "
                 f"{tensor.path}"
             )
-        copy_rows(tensor, slots[name])
+    tasks = [pool.submit(copy_rows, tensor, slots[key]) for key, tensor in tensors.items()]
     if _HEAD not in tensors:  # the target's rows of the tokens that it drafts
         for start in range(0, len(head.token_ids), _ROWS):
-            slots[_HEAD].write(target.head_rows(head.token_ids[start : start + _ROWS]), start)
-    return head
+            rows = target.head_rows(head.token_ids[start : start + _ROWS])
+            tasks.append(pool.submit(slots[_HEAD].write, rows, start))
+    wait_for(tasks)
 
 
 def _check_target(files: DraftHeadFiles, *, target: Model, target_name: str) -> None:

@@ -67,7 +67,7 @@ def load_model(
         max_model_len=max_model_len or spec.max_model_len,
     )
     try:
-        with _threads() as pool:
+        with loading_threads() as pool:
             if files.format == "dummy":
                 _fill_randomly(model.slots(), seed=seed, device=platform.device, pool=pool)
             elif files.format == "gguf":
@@ -80,7 +80,7 @@ def load_model(
 
 
 @contextmanager
-def _threads() -> Iterator[Executor]:
+def loading_threads() -> Iterator[Executor]:
     """As many threads as torch has, each with a tensor of its own and torch's helpers at rest.
 
     Torch's own threads wait for each other in busy loops after every piece: on a machine that has
@@ -95,8 +95,9 @@ def _threads() -> Iterator[Executor]:
         torch.set_num_threads(num_threads)
 
 
-def _wait(tasks: list[Future[None]]) -> None:
-    """Raises what the first failed task raised, and drops those not begun."""
+def wait_for(tasks: list[Future[None]]) -> None:
+    """Returns when all are done. Raises what the first that failed raised, and drops those not
+    begun."""
     try:
         for task in tasks:
             task.result()
@@ -119,7 +120,7 @@ def _fill(model: Model, tensors: Iterable[CheckpointTensor], *, pool: Executor) 
             missing.discard(tensor.name)
         elif not _is_redundant(tensor.name, model.spec):
             unexpected.append(f"{tensor.name} {list(tensor.shape)} in {tensor.path}")
-    _wait(tasks)
+    wait_for(tasks)
     if missing:
         raise ValueError(f"the checkpoint lacks {_some(sorted(missing))}")
     if unexpected:
@@ -184,7 +185,7 @@ def _fill_randomly(
             shape = (min(step, slot.shape[0] - start), *slot.shape[1:])
             tasks.append(pool.submit(write, slot, start, shape, offset))
             offset = (offset + torch.Size(shape).numel()) % _RANDOM_PERIOD
-    _wait(tasks)
+    wait_for(tasks)
 
 
 def _cycle(pool: Tensor, *, offset: int, shape: tuple[int, ...]) -> Tensor:

@@ -104,6 +104,7 @@ class ModelSource:
         self._max_drafts = max_drafts
         self._num_asked = 0
         self._depths: dict[str, int] = {}  # of this step's requests, asked for
+        self._usual = 0.5  # share of drafts that are accepted if those before them are
         self._passes = 1.0  # of further passes that a depth allows, the share that was made
 
     def begin(self, step: SchedulerOutput) -> None:
@@ -151,7 +152,9 @@ class ModelSource:
         def goes_on(request_id: str, probs: Sequence[float]) -> bool:
             chances = self.by_chance.survivals(request_id, len(probs), probs)
             before = chances[-2] if len(chances) > 1 else 1.0
-            return chances[-1] * chances[-1] / before > worth  # the next as likely as the last
+            # The next is as likely as the last, and as all others are.
+            likely = (chances[-1] / before + self._usual) / 2
+            return chances[-1] * likely > worth
 
         self._depths = dict.fromkeys(chosen, depth)
         drafted = self._guarded.propose(asked, depths=[depth] * len(asked), goes_on=goes_on)
@@ -195,6 +198,8 @@ class ModelSource:
     def learn(self, request_id: str, num_drafts: int, proposal: Proposal, accepted: int) -> None:
         """Of a proposal's first drafts, which were verified, so many were accepted."""
         self.by_chance.learn(request_id, num_drafts, proposal.probs, num_accepted=accepted)
+        num_tried = min(num_drafts, accepted + 1)
+        self._usual += _RATE / 4 * num_tried * (accepted / num_tried - self._usual)
         # One that was not made, or not verified, was not accepted: it has its depth all the same.
         depth = self._depths.get(request_id, num_drafts)
         self.by_depth.learn(request_id, depth, None, num_accepted=accepted)
