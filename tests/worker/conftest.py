@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from octavo.attention.base import KVCacheSpec
 from octavo.checkpoint import resolve
 from octavo.config import ModelConfig
 from octavo.models import Model, kv_cache_spec, load_model
 from octavo.platforms.cpu import CPUPlatform
 from octavo.sampling import Sampler
-from octavo.speculative import Drafter
+from octavo.speculative import BatchProposer, Drafter
+from octavo.worker.drafting.startup import Drafting, LoadedDraftModel, LoadedHead
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import NO_TRANSFER, CPUTransfer
 from octavo.worker.model_runner import ModelRunner
@@ -61,8 +63,29 @@ def model(model_folder: Path) -> Model:
 
 
 @pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """As in a server: torch's threads would wait in busy loops on the cores of the kernels'."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+def void_cache(model: Model, spec: KVCacheSpec, *, num_blocks: int) -> KVTensors:
+    """Whoever reads what was never written gets NaN."""
+    kv = KVTensors(model.backend, spec, num_blocks=num_blocks)
+    for layer in kv.layers:
+        layer.k.fill_(float("nan"))
+        layer.v.fill_(float("nan"))
+    return kv
+
+
+@pytest.fixture
 def make_runner(model: Model) -> Callable[..., ModelRunner]:
-    """(num_blocks, block_size, max_num_seqs, model) -> runner with NaN in every K/V slot."""
+    """(num_blocks, block_size, max_num_seqs, model) -> runner with NaN in every K/V slot.
+
+    ``drafter``, or what ``drafter_with`` makes of the proposer that a ``loaded`` model is.
+    """
 
     def make(
         *,
@@ -73,12 +96,11 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
         using: Any = None,
         drafter: Drafter | None = None,
         seconds: Callable[[], float] = time.perf_counter,
+        loaded: LoadedHead | LoadedDraftModel | None = None,
+        drafter_with: Callable[[BatchProposer], Drafter] | None = None,
     ) -> ModelRunner:
         spec = kv_cache_spec(model.spec, block_size=block_size, dtype=torch.float32)
-        kv = KVTensors(model.backend, spec, num_blocks=num_blocks)
-        for layer in kv.layers:
-            layer.k.fill_(float("nan"))
-            layer.v.fill_(float("nan"))
+        kv = void_cache(model, spec, num_blocks=num_blocks)
         table = RequestTable(
             max_num_seqs=max_num_seqs, max_model_len=MAX_MODEL_LEN, block_size=block_size
         )
@@ -86,6 +108,12 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
         has_tier = num_host_slots > 0
         transfer = CPUTransfer(kv.layers, num_slots=num_host_slots) if has_tier else NO_TRANSFER
         sampler = Sampler(VOCAB_SIZE)
+        drafting: Drafting | None = None
+        if loaded is not None and drafter_with is not None:
+            own_spec = loaded.kv_spec(block_size=block_size, dtype=torch.float32)
+            own = void_cache(model, own_spec, num_blocks=num_blocks)
+            drafting = loaded.attach(table, kv_caches=own.layers, max_num_tokens=512)
+            drafter = drafter_with(drafting.proposer)
         return ModelRunner(
             used,
             table=table,
@@ -95,6 +123,8 @@ def make_runner(model: Model) -> Callable[..., ModelRunner]:
             max_num_tokens=512,
             drafter=drafter,
             seconds=seconds,
+            watcher=None if drafting is None else drafting.watcher,
+            taps=None if drafting is None else drafting.taps,
         )
 
     return make

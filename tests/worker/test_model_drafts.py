@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from octavo.worker.kv_transfer import NO_TRANSFER
 from octavo.worker.model_runner import ModelRunner
 from octavo.worker.request_table import RequestTable
 from tests.worker.test_verify import PARAMS, Outcome, run
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 VOCAB_SIZE, SIZE, NUM_DRAFTED = 300, 64, 100
 DEPTH = 4
@@ -97,15 +99,6 @@ def load_head(folder: Path, model: Model, *, most_requests: int = 8) -> LoadedHe
         max_model_len=256,
     )
     return LoadedHead(head=head, target=model, most_requests=most_requests)
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """As in a server: torch's threads would wait in busy loops on the cores of the kernels'."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
 
 
 @pytest.fixture

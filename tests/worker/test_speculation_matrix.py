@@ -12,20 +12,26 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from octavo.config import SpeculativeConfig
-from octavo.speculative import make_drafter
-from octavo.speculative.controller import AutoDrafter, FixedDrafter
+from octavo.models import Model
+from octavo.speculative import BatchProposer, NoDrafts, make_drafter
+from octavo.speculative.controller import AutoDrafter, FixedDrafter, FixedModelDrafter
 from octavo.speculative.ngram import NgramProposer
 from octavo.speculative.proposer import Proposal, TokenIds
 from octavo.speculative.suffix import SuffixProposer
 from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineRequest, SamplingParams
+from octavo.worker.drafting.startup import LoadedDraftModel
 from octavo.worker.model_runner import ModelRunner
 from tests.api.serving import small_tokenizer
 from tests.worker.covering import Row, all_pairs, covering_rows, pairs_of
 from tests.worker.served_runner import ServedRunner, Setup, ask
+from tests.worker.test_model_drafts import load_head, write_head
 
 Make = Callable[..., ModelRunner]
 VOCAB_SIZE = 300
@@ -72,7 +78,11 @@ REQUEST: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 # Feature -> value's name -> what it changes of the engine.
 ENGINE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "proposer": dict.fromkeys(
-        ("ngram", "suffix", "auto", "right", "half right", "wrong", "failing"), {}
+        (
+            *("ngram", "suffix", "auto", "draft model", "head", "auto with head"),
+            *("right", "half right", "wrong", "failing"),
+        ),
+        {},
     ),
     "drafts": {"1": {"max_drafts": 1}, "4": {"max_drafts": 4}, "16": {"max_drafts": 16}},
     "prefix cache": {
@@ -156,13 +166,30 @@ def role_of(request_id: str) -> str:
     return f"choice {parts[-1]}" if parts[:2] == ["cmpl", "row"] else request_id
 
 
+AnyDrafter = FixedDrafter | FixedModelDrafter | AutoDrafter
+# Proposers that are models, and the methods that take them.
+MODELS: Mapping[str, Any] = {
+    "draft model": "draft_model",
+    "head": "eagle3",
+    "auto with head": "auto",
+}
+
+
 def drafter_of(
-    proposer: str, depth: int, truth: Mapping[str, Sequence[int]]
-) -> FixedDrafter | AutoDrafter:
-    if proposer == "auto":
-        config = SpeculativeConfig(method="auto", num_speculative_tokens=depth)
-        made = make_drafter(config, seconds=Ticks(1e-6))
-        assert isinstance(made, AutoDrafter)
+    proposer: str,
+    depth: int,
+    truth: Mapping[str, Sequence[int]],
+    *,
+    model: BatchProposer | None = None,
+) -> AnyDrafter:
+    if proposer == "auto" or proposer in MODELS:
+        config = SpeculativeConfig(
+            method=MODELS.get(proposer, "auto"),
+            model=None if model is None else "m",
+            num_speculative_tokens=depth,
+        )
+        made = make_drafter(config, model=model, seconds=Ticks(1e-6))
+        assert not isinstance(made, NoDrafts)
         return made
     errors = {"right": 0.0, "half right": 0.5, "wrong": 1.0, "failing": 0.2}
     source: Any
@@ -235,8 +262,11 @@ class Tally:
 class Matrix:
     """Runs rows; keeps count."""
 
-    def __init__(self, make_runner: Make, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, make_runner: Make, tokenizer: Tokenizer, *, models: Mapping[str, Any]
+    ) -> None:
         self._make = make_runner
+        self._models = models
         self._tokenizer = tokenizer
         self.tally = Tally()
 
@@ -248,14 +278,7 @@ class Matrix:
         want = asyncio.run(self._answer(plain, given, mates, is_warm=False, num_outputs=0))
         truth = {role_of(name): tokens for name, tokens in plain.tokens.items()}
         setup = setup_of(row)
-        drafter = drafter_of(row["proposer"], setup.max_drafts, truth)
-        runner = self._make(
-            num_blocks=setup.num_blocks,
-            block_size=setup.block_size,
-            num_host_slots=setup.num_host_slots,
-            drafter=drafter,
-            seconds=Ticks(1e-2),
-        )
+        runner, drafter = self._drafting(row, setup, truth)
         engine = ServedRunner(runner, setup, vocab_size=VOCAB_SIZE)
         found = asyncio.run(
             self._answer(
@@ -276,6 +299,27 @@ class Matrix:
         if row["mates"] == "3":
             assert all(engine.tokens[mate.request_id] == truth[mate.request_id] for mate in mates)
         return self._line(row, number, drafter, engine, want)
+
+    def _drafting(
+        self, row: Row, setup: Setup, truth: Mapping[str, Sequence[int]]
+    ) -> tuple[ModelRunner, AnyDrafter]:
+        made: list[AnyDrafter] = []
+
+        def make(model: BatchProposer | None = None) -> AnyDrafter:
+            made.append(drafter_of(row["proposer"], setup.max_drafts, truth, model=model))
+            return made[0]
+
+        loaded = self._models.get(row["proposer"])
+        runner = self._make(
+            num_blocks=setup.num_blocks,
+            block_size=setup.block_size,
+            num_host_slots=setup.num_host_slots,
+            loaded=loaded,
+            drafter_with=make,
+            drafter=make() if loaded is None else None,
+            seconds=Ticks(1e-2),
+        )
+        return runner, made[0]
 
     async def _answer(
         self,
@@ -303,7 +347,7 @@ class Matrix:
         self,
         row: Row,
         number: int,
-        drafter: FixedDrafter | AutoDrafter,
+        drafter: AnyDrafter,
         engine: ServedRunner,
         answer: Mapping[str, Any],
     ) -> str:
@@ -326,8 +370,13 @@ class Matrix:
         )
 
 
-def test_every_pair_of_parameters_with_and_without_speculation(make_runner: Make) -> None:
-    matrix = Matrix(make_runner, small_tokenizer(vocab_size=VOCAB_SIZE))
+@pytest.mark.usefixtures("one_torch_thread")
+def test_every_pair_of_parameters_with_and_without_speculation(
+    make_runner: Make, model: Model, tmp_path: Path
+) -> None:
+    head = load_head(write_head(tmp_path / "head"), model)
+    models = {"head": head, "auto with head": head, "draft model": LoadedDraftModel(model=model)}
+    matrix = Matrix(make_runner, small_tokenizer(vocab_size=VOCAB_SIZE), models=models)
     for number, row in enumerate(ROWS):
         print(matrix.check(row, number))
     tally = matrix.tally
@@ -342,8 +391,8 @@ def test_every_pair_of_parameters_with_and_without_speculation(make_runner: Make
     for proposer in ENGINE["proposer"]:
         accepted, drafted = tally.accepted[proposer], tally.drafted[proposer]
         assert drafted > 0, proposer
-        assert accepted > 0 or proposer == "wrong", proposer
-        assert accepted < drafted or proposer == "right", proposer
+        assert accepted > 0 or proposer in ("wrong", "head"), proposer
+        assert accepted < drafted or proposer in ("right", "draft model"), proposer
     assert tally.accepted["wrong"] < 0.1 * tally.drafted["wrong"]
     assert 0 < tally.told < tally.accepted.total()
     assert tally.preemptions > 0 and tally.loaded_blocks > 0 and tally.failed > 0
