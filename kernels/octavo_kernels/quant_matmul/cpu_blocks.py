@@ -101,14 +101,44 @@ def _put(
 
 
 @device
-def _put_records(sums: int, rows: int, to: int, block: int, zero: int) -> None:
-    """Quantises a tile's sums, those of a block, into records one behind the other."""
+def _put_records(sums: int, rows: int, out: int, place: int, block: int, zero: int) -> None:
+    """Quantises a tile's sums, those of a block, into records place.. of out."""
+    to = out + place * (block + 8)
     for at in range(sums, sums + rows * _SUM_BYTES, _SUM_BYTES):
         if block == 32:
             _quantise_32(at, _TILE_BYTES, to, zero)
         else:
             _quantise_64(at, _TILE_BYTES, to, zero)
         to += block + 8
+
+
+@cache
+def _unit_runner(kind: Kind, path: CpuPath) -> Any:
+    """Device function for a tile's rows and some panels side by side, and as many from `ups` on
+    where that is not 0: the sums of a panel lie behind those of the one before it."""
+    run_tile, piece_bytes = make_tiles(kind, path), FORMATS[kind].panel_bytes
+
+    def run_unit(
+        rows: int,
+        at: int,
+        x_stride: int,
+        first: int,
+        ups: int,
+        panels: int,
+        blocks: int,
+        to: int,
+        stride: int,
+        ahead: int,
+    ) -> None:
+        # One place that calls: tiles are long to compile.
+        for job in range(panels if ups == 0 else 2 * panels):
+            is_up, which = (0, job) if ups == 0 else (job & 1, job >> 1)
+            piece = (ups if is_up else first) + which * blocks * piece_bytes
+            sums = to + which * _TILE_BYTES + is_up * _SUMS_BYTES
+            run_tile(rows, at, x_stride, piece, blocks, sums, stride, ahead)
+
+    run_unit.__qualname__ = f"run_unit_{kind}_{path}"
+    return device(run_unit)
 
 
 @cache
@@ -121,7 +151,7 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
     and out is act(x @ G^T) * (x @ U^T). With a gate and a next_block (else 0), n % next_block == 0
     and out are records of that, for weights of such blocks and of next_zero.
     """
-    run_tile, tile_rows = make_tiles(kind, path), tile_height(kind, path)
+    run_unit, tile_rows = _unit_runner(kind, path), tile_height(kind, path)
     form = FORMATS[kind]
     piece_bytes, zero, block = form.panel_bytes, form.zero, form.block
     quantise_rows, size = row_quantiser(block), record_bytes(block)
@@ -165,19 +195,14 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
                         spot, stride = out + 4 * (row * n + panel * LANES), 4 * n
                     # Once is enough, and in vain for later chunks costs a tenth of their time.
                     ahead = next_panel if row == 0 else 0
-                    # One place that calls: tiles are long to compile.
-                    for job in range(1 if gate == 0 else 2 * step):
-                        half, which = job & 1, job >> 1
-                        piece = w + (panel + which + half * num_panels) * panel_bytes
-                        to = spot + which * _TILE_BYTES + half * _SUMS_BYTES
-                        x_stride = (end - start) * size
-                        run_tile(rows, at, x_stride, piece, blocks, to, stride, ahead)
+                    x_stride, piece = (end - start) * size, w + panel * panel_bytes
+                    ups = 0 if gate == 0 else piece + num_panels * panel_bytes
+                    run_unit(rows, at, x_stride, piece, ups, step, blocks, spot, stride, ahead)
                     if gate != 0:
                         _gate(sums, step, rows, gate)
                     if next_block != 0:
                         place = start * (n // next_block) + unit * (end - start) + row - start
-                        place = out + place * (next_block + 8)
-                        _put_records(sums, rows, place, next_block, next_zero)
+                        _put_records(sums, rows, out, place, next_block, next_zero)
                     elif not is_direct or bias != 0 or residual != 0:
                         _put(spot, stride, rows, row, panel * LANES, n, out, bias, residual)
                     row += rows

@@ -89,9 +89,7 @@ def _put_codes(b: Any, a: Any) -> Any:
     inverse = b.select(is_live, b.fdiv(F32(1.0), step), F32(0.0))
     live, rounder = emit_splat(b, is_live), ir.Constant(VF32, [_ROUNDER] * LANES)
     for i, part in enumerate(parts):
-        shifted = b.fadd(
-            b.fmul(part, emit_splat(b, inverse)), ir.Constant(VF32, [_ROUNDER] * LANES)
-        )
+        shifted = b.fadd(b.fmul(part, emit_splat(b, inverse)), rounder)
         code = b.add(b.sub(b.bitcast(shifted, VI32), _splat_int(_ROUNDER_BITS)), zero)
         # A scale that is rounded down to a subnormal leaves codes beyond 8 bits.
         code = b.select(b.icmp_signed("<", code, _splat_int(0)), _splat_int(0), code)
