@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.models import Model, Taps
+from octavo.models.base import TappedPass
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.input_batch import StepBuffers, build_input_batch
 from octavo.worker.model_runner import ModelRunner
@@ -27,7 +28,8 @@ class _Bench:
         self.table = RequestTable(max_num_seqs=8, max_model_len=256, block_size=BLOCK_SIZE)
         self.buffers = StepBuffers(self.table, max_num_tokens=256)
         self.layers = runner._kv.layers
-        self.replays = ForwardReplays(model, kv_caches=self.layers, buffers=self.buffers, taps=taps)
+        used = model if taps is None else TappedPass(model, taps)
+        self.replays = ForwardReplays(used, kv_caches=self.layers, buffers=self.buffers)
 
     def add(self, name: str, length: int, *, first_block: int) -> None:
         request = NewRequest(
