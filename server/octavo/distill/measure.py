@@ -1,0 +1,123 @@
+"""How many of a head's drafts the target would accept, on texts that the target wrote.
+
+Drafts are greedy chains of a fixed depth. A draft counts only while all before it were right, and
+then the chain's tokens are the text's own: so all chains of a text are computed at once, fed the
+text, and are exactly those that serving would draft. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.distill.features import StateSource, make_batch
+from octavo.distill.head import DraftHead
+from octavo.distill.samples import Sample
+from octavo.distill.trainer import Vectors
+from octavo.distill.unroll import unroll
+
+_TOGETHER = 8  # texts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """Of one set of texts."""
+
+    depth: int
+    num_texts: int
+    num_steps: int  # of the target
+    num_tokens: int  # that these steps yielded
+    reached: tuple[int, ...]  # steps whose drafts were all right before this depth
+    accepted: tuple[int, ...]  # and at it
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 of the target's own, and the accepted drafts."""
+        return self.num_tokens / max(self.num_steps, 1)
+
+    @property
+    def by_depth(self) -> tuple[float, ...]:
+        """Chance that the draft of a depth is accepted where all before it were."""
+        return tuple(a / max(r, 1) for a, r in zip(self.accepted, self.reached, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "depth": self.depth,
+            "texts": self.num_texts,
+            "tokens_per_step": round(self.tokens_per_step, 4),
+            "acceptance_by_depth": [round(rate, 4) for rate in self.by_depth],
+        }
+
+    def __str__(self) -> str:
+        rates = " ".join(f"{rate:.3f}" for rate in self.by_depth)
+        return (
+            f"{self.tokens_per_step:.3f} tokens a step at depth {self.depth}, "
+            f"accepted by depth {rates} ({self.num_texts} texts, {self.num_steps} steps)"
+        )
+
+
+@torch.no_grad()
+def measure(
+    head: DraftHead,
+    vectors: Vectors,
+    samples: Sequence[Sample],
+    source: StateSource,
+    *,
+    depth: int,
+) -> Acceptance:
+    """Acceptance of chains of ``depth`` drafts over the answers of all samples."""
+    was_training = head.training
+    head.eval()
+    accepted = [0] * depth
+    reached = [0] * depth
+    num_steps = num_tokens = 0
+    for start in range(0, len(samples), _TOGETHER):
+        numbers = range(start, min(start + _TOGETHER, len(samples)))
+        part = samples[start : start + _TOGETHER]
+        hits = _hits(head, vectors, part, source.states(numbers), depth=depth)
+        for sample, right in zip(part, hits.tolist(), strict=True):
+            # Place r drafts what follows answer token r; the last one has no follower.
+            place, end = 0, len(sample.token_ids) - 1
+            while place < end:
+                room = min(depth, end - place)
+                count = 0
+                while count < room and right[count][place + count]:
+                    count += 1
+                for j in range(room):
+                    reached[j] += j <= count
+                    accepted[j] += j < count
+                num_steps += 1
+                num_tokens += min(count + 1, end - place)
+                place += count + 1
+    head.train(was_training)
+    return Acceptance(
+        depth=depth,
+        num_texts=len(samples),
+        num_steps=num_steps,
+        num_tokens=num_tokens,
+        reached=tuple(reached),
+        accepted=tuple(accepted),
+    )
+
+
+def _hits(
+    head: DraftHead,
+    vectors: Vectors,
+    samples: Sequence[Sample],
+    states: Sequence[Any],
+    *,
+    depth: int,
+) -> Tensor:
+    """[B, depth, R] bool: whether the likeliest token of place r at a depth is the text's."""
+    batch = make_batch(
+        samples, states, token_vectors=vectors.tokens, window=head.config.window
+    )
+    found = [
+        vectors.draft_ids[torch.matmul(out, vectors.rows.T).argmax(-1)] == batch.true_ids
+        for out in unroll(head, batch.features, depth=depth)
+    ]
+    return torch.stack(found, dim=1).cpu()

@@ -1,0 +1,296 @@
+"""A whole distillation: texts, hidden states, training, measurement, the folder at the end.
+
+Puts the parts together; computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavo.config import EngineConfig
+from octavo.distill.features import CachedStates, ComputedStates, StateSource, write_cache
+from octavo.distill.head import DraftHead, HeadConfig, default_layers, save_head, start_like
+from octavo.distill.measure import Acceptance, measure
+from octavo.distill.options import DistillConfig
+from octavo.distill.ranks import Ranks, joined
+from octavo.distill.samples import (
+    Author,
+    Sample,
+    draft_vocabulary,
+    generate_samples,
+    read_prompts,
+    read_samples,
+    write_samples,
+)
+from octavo.distill.target import Target, load_target
+from octavo.distill.trainer import Trainer, Vectors
+from octavo.llm import LLM
+from octavo.models import Model, target_fingerprint
+from octavo.worker.sizing import usable_cores
+
+_log = logging.getLogger(__name__)
+_GENERATED, _STATES, _MEASURED = "generated.jsonl", "states", "acceptance.json"
+# Of a head's rotary tables, which know distances alone: a head sees no further than its window.
+_MAX_PLACES = 1 << 15
+
+Measured = dict[str, Acceptance]
+
+
+def distill(config: DistillConfig, *, engine: Mapping[str, Any], show_bar: bool) -> Measured:
+    """Trains a head for the model of the engine's options, and writes it to the output folder.
+
+    Returns its acceptance by set of texts. Raises ValueError for options and files that cannot be
+    used.
+    """
+    output = Path(config.output)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with joined(device) as ranks:
+        if ranks.is_first:
+            output.mkdir(parents=True, exist_ok=True)
+            _write_texts(config, engine=engine, output=output, show_bar=show_bar)
+        ranks.wait()
+        samples, held_out = _texts(config, output=output)
+        return _train(
+            config,
+            engine=engine,
+            ranks=ranks,
+            samples=samples,
+            held_out=held_out,
+            device=device,
+            show_bar=show_bar and ranks.is_first,
+        )
+
+
+# ---- texts -------------------------------------------------------------------------------------
+
+
+def _generated(config: DistillConfig, output: Path) -> Path:
+    return Path(config.data.generated) if config.data.generated else output / _GENERATED
+
+
+def _eval_file(output: Path, prompts: str) -> Path:
+    return output / f"eval-{Path(prompts).stem}.jsonl"
+
+
+def _write_texts(
+    config: DistillConfig, *, engine: Mapping[str, Any], output: Path, show_bar: bool
+) -> None:
+    """Has the engine write all texts that the files lack. It is gone when this returns."""
+    for name in (*config.data.prompts, *config.data.eval_prompts):
+        read_prompts(Path(name))  # a wrong file must be told before anything is generated
+    opened: list[Author] = []
+
+    def author() -> Author:
+        if not opened:
+            llm = LLM(**engine)
+            opened.append(Author(llm, max_new_tokens=config.data.max_new_tokens))
+        return opened[0]
+
+    data, seed = config.data, config.train.seed
+    path = _generated(config, output)
+    generate_samples(author, config=data, path=path, seed=seed, show_bar=show_bar)
+    for name in data.eval_prompts:
+        path = _eval_file(output, name)
+        if not path.is_file():
+            texts = read_prompts(Path(name))[: data.num_eval_samples]
+            write_samples(path, author().greedy(texts, seed=seed))
+    opened.clear()
+    gc.collect()
+
+
+def _texts(config: DistillConfig, *, output: Path) -> tuple[list[Sample], dict[str, list[Sample]]]:
+    """(to train on, to measure on by set)."""
+    data = config.data
+    samples = read_samples(_generated(config, output))[: data.num_samples]
+    if data.eval_prompts:
+        return samples, {
+            Path(name).stem: read_samples(_eval_file(output, name)) for name in data.eval_prompts
+        }
+    count = min(data.num_eval_samples, max(len(samples) // 10, 1))
+    if len(samples) < 2:
+        raise ValueError("--num-samples must be at least 2: one text is held out")
+    return samples[:-count], {"held out": samples[-count:]}
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def _train(
+    config: DistillConfig,
+    *,
+    engine: Mapping[str, Any],
+    ranks: Ranks,
+    samples: list[Sample],
+    held_out: dict[str, list[Sample]],
+    device: torch.device,
+    show_bar: bool,
+) -> Measured:
+    output, window = Path(config.output), config.head.window
+    model, cache_dtype = load_target(engine_config(engine))
+    _check_ids([*samples, *(s for part in held_out.values() for s in part)], model=model)
+    layers = default_layers(model.spec.num_layers, config.head.aux_layers)
+    everything = [samples, *held_out.values()]
+    target = Target(
+        model,
+        cache_dtype=cache_dtype,
+        layers=layers,
+        max_len=max(len(sample.all_ids) for part in everything for sample in part),
+        label_temperature=config.train.label_temperature,
+    )
+    fingerprint = target_fingerprint(model)
+    _use_all_cores(engine)
+    vectors = _vectors(target, samples, size=config.data.draft_vocab_size)
+    head = _head(config, target=target, layers=layers, vectors=vectors, fingerprint=fingerprint)
+    source: StateSource = ComputedStates(target, samples, window=window)
+    if config.data.cache_hidden_states:
+        key = f"{fingerprint} {layers} {config.train.label_temperature} {cache_dtype}"
+        if ranks.is_first:
+            write_cache(
+                output / _STATES, target, samples, window=window, key=key, show_bar=show_bar
+            )
+        ranks.wait()
+        source = CachedStates(output / _STATES, samples, window=window)
+    trainer = Trainer(
+        head,
+        vectors,
+        samples,
+        source,
+        config=config.train,
+        ranks=ranks,
+        folder=output,
+        device=device,
+        fingerprint=fingerprint,
+        show_bar=show_bar,
+    )
+    sources = {
+        name: ComputedStates(target, part, window=window) for name, part in held_out.items()
+    }
+    history: list[dict[str, Any]] = []
+
+    def look(step: int) -> Measured:
+        """Measures, tells and keeps what was measured. On the first rank alone."""
+        if not ranks.is_first:
+            return {}
+        found = {
+            name: measure(
+                trainer.head, trainer.vectors, part, sources[name], depth=config.train.measure_depth
+            )
+            for name, part in held_out.items()
+        }
+        for name, acceptance in found.items():
+            _log.info("step %d, %s: %s", step, name, acceptance)
+        history.append({"step": step, **{name: a.to_json() for name, a in found.items()}})
+        (output / _MEASURED).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        return found
+
+    if config.train.resume_from_checkpoint is not None:
+        trainer.resume(config.train.resume_from_checkpoint)
+    look(trainer.step)
+    began = time.monotonic()
+    trainer.train(measure=look)
+    found = look(trainer.step)
+    if ranks.is_first:
+        num_bytes = save_head(
+            output,
+            trainer.head,
+            draft_ids=trainer.vectors.draft_ids,
+            acceptance={name: acceptance.to_json() for name, acceptance in found.items()},
+        )
+        _log.info(
+            "trained %d steps in %.0f s; %s holds a head of %.1f MB",
+            trainer.num_steps,
+            time.monotonic() - began,
+            output,
+            num_bytes / 1e6,
+        )
+    ranks.wait()
+    return found
+
+
+def engine_config(engine: Mapping[str, Any]) -> EngineConfig:
+    """The configuration that `octavo.LLM` makes of the same options."""
+    from octavo import llm
+
+    options = dict(engine)
+    return llm.engine_config(options.pop("model", ""), options)
+
+
+def _use_all_cores(engine: Mapping[str, Any]) -> None:
+    """An engine leaves torch one thread; training is torch's."""
+    torch.set_num_threads(engine.get("num_threads") or usable_cores())
+
+
+def _check_ids(samples: Sequence[Sample], *, model: Model) -> None:
+    spec = model.spec
+    largest = max(max(sample.all_ids) for sample in samples)
+    if largest >= spec.vocab_size:
+        raise ValueError(
+            f"--generated: the texts hold token {largest}, the model has {spec.vocab_size} tokens; "
+            "they are another model's"
+        )
+
+
+def _vectors(target: Target, samples: Sequence[Sample], *, size: int) -> Vectors:
+    spec = target.model.spec
+    ids = draft_vocabulary(samples, size=size, vocab_size=spec.vocab_size)
+    draft_ids = torch.tensor(ids, dtype=torch.int64)
+    covered = torch.zeros(spec.vocab_size, dtype=torch.bool)
+    covered[draft_ids] = True
+    answers = torch.tensor([i for sample in samples for i in sample.token_ids])
+    _log.info(
+        "%d texts, %d tokens of answers, %.2f %% of them in the draft vocabulary of %d",
+        len(samples),
+        len(answers),
+        100 * float(covered[answers].float().mean()),
+        len(ids),
+    )
+    return Vectors(
+        tokens=target.token_vectors(), rows=target.output_rows(draft_ids), draft_ids=draft_ids
+    )
+
+
+def _head(
+    config: DistillConfig,
+    *,
+    target: Target,
+    layers: tuple[int, ...],
+    vectors: Vectors,
+    fingerprint: str,
+) -> DraftHead:
+    model, options = target.model, config.head
+    spec = model.spec
+    head = DraftHead(
+        HeadConfig(
+            hidden_size=spec.hidden_size,
+            intermediate_size=options.intermediate_size or -(-spec.hidden_size * 16 // 9 // 8) * 8,
+            num_attention_heads=spec.num_heads,
+            num_key_value_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            rms_norm_eps=spec.rms_norm_eps,
+            rope_theta=spec.rope.theta,
+            vocab_size=spec.vocab_size,
+            draft_vocab_size=len(vectors.draft_ids),
+            max_position_embeddings=spec.max_position_embeddings,
+            aux_layers=layers,
+            window=options.window,
+            target={
+                "name": config.target_name,
+                "hidden_size": spec.hidden_size,
+                "num_hidden_layers": spec.num_layers,
+                "vocab_size": spec.vocab_size,
+                "fingerprint": fingerprint,
+            },
+        ),
+        dropout=config.train.hidden_dropout,
+    )
+    start_like(head, final_norm=model.norms()[-1].float().cpu(), seed=config.train.seed)
+    return head

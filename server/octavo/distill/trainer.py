@@ -1,0 +1,238 @@
+"""The training loop: steps, logs, checkpoints. Knows head and batches; generates nothing.
+
+Everything random is a function of (seed, step, rank), and everything else is in a checkpoint, so
+that a run which goes on from one takes the steps that it would have taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from octavo.distill import checkpoints
+from octavo.distill.features import Batch, StateSource, make_batch
+from octavo.distill.head import DraftHead
+from octavo.distill.loss import Labels, match_loss, target_labels
+from octavo.distill.options import TrainConfig
+from octavo.distill.ranks import Ranks
+from octavo.distill.samples import Sample
+from octavo.distill.schedule import Order, learning_rate
+from octavo.distill.unroll import unroll
+
+_log = logging.getLogger(__name__)
+_STEP_SEEDS = 1_000_003
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vectors:
+    """What the head takes from the target, frozen."""
+
+    tokens: Tensor  # [V, H]
+    rows: Tensor  # [Vd, H] of the output matrix
+    draft_ids: Tensor  # [Vd] rising
+
+    def to(self, device: torch.device) -> Vectors:
+        return Vectors(
+            tokens=self.tokens.to(device),
+            rows=self.rows.to(device),
+            draft_ids=self.draft_ids.to(device),
+        )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Of places since the last line of the log, by depth: [depth, 4] (places, cross-entropy,
+    chance of acceptance, same likeliest token)."""
+
+    by_depth: Tensor
+    began: float
+
+    def told(self, ranks: Ranks) -> str:
+        total = ranks.summed(self.by_depth.clone()).double()
+        count = total[:, 0].clamp(min=1)
+        parts = (
+            ("cross-entropy", total[:, 1] / count),
+            ("accepted", total[:, 2] / count),
+            ("same best", total[:, 3] / count),
+        )
+        told = [f"{name} {' '.join(f'{v:.3f}' for v in values)}" for name, values in parts]
+        rate = float(total[0, 0]) / max(time.monotonic() - self.began, 1e-9)
+        return ", ".join(told) + f", {rate:.0f} places/s"
+
+
+def batch_labels(
+    batch: Batch, picked: Tensor, *, rows: Tensor, temperature: float
+) -> Labels:
+    """The target's distributions at the picked places ([B, R] bool) of a batch."""
+    return target_labels(
+        batch.hidden[picked], batch.log_norm[picked], rows=rows, temperature=temperature
+    )
+
+
+class Trainer:
+    """One rank's part in training a head. ``samples`` and their order are the same on all."""
+
+    def __init__(
+        self,
+        head: DraftHead,
+        vectors: Vectors,
+        samples: Sequence[Sample],
+        source: StateSource,
+        *,
+        config: TrainConfig,
+        ranks: Ranks,
+        folder: Path,
+        device: torch.device,
+        fingerprint: str = "",
+        show_bar: bool = False,
+    ) -> None:
+        self.head = head.to(device)
+        self.vectors = vectors.to(device)
+        self._samples, self._source = samples, source
+        self._config, self._ranks, self._folder = config, ranks, folder
+        self._device, self._show_bar = device, show_bar
+        batch = config.per_device_batch_size * config.gradient_accumulation_steps * ranks.size
+        if len(samples) < batch:
+            raise ValueError(
+                f"--per-device-batch-size times --gradient-accumulation-steps times ranks is "
+                f"{batch}, more than the {len(samples)} texts to train on"
+            )
+        lengths = [len(sample.token_ids) for sample in samples]
+        self._order = Order(lengths, batch, config.seed)
+        self.num_steps = config.max_steps or config.num_epochs * self._order.steps_per_epoch
+        # What a checkpoint must have been trained with for its steps to go on here.
+        self._run = {"samples": len(samples), "batch": batch, "seed": config.seed,
+                     "num_steps": self.num_steps, "target": fingerprint}  # fmt: skip
+        self._parameters = [p for p in self.head.parameters() if p.requires_grad]
+        self._optimizer = checkpoints.make_optimizer(self.head, config=config, ranks=ranks)
+        self._amp = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
+        self.step = 0
+        self._sums = self._fresh_sums()
+
+    def _fresh_sums(self) -> _Sums:
+        shape = (self._config.unroll_steps, 4)
+        return _Sums(torch.zeros(shape, device=self._device), time.monotonic())
+
+    # ---- checkpoints -----------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes checkpoint-STEP, and removes those that are too many."""
+        state: dict[str, Any] = {"step": self.step, "run": self._run}
+        checkpoints.save(
+            self._folder,
+            state,
+            head=self.head,
+            optimizer=self._optimizer,
+            scaler=self._scaler,
+            ranks=self._ranks,
+            limit=self._config.save_total_limit,
+        )
+
+    def resume(self, wanted: str) -> None:
+        """Goes on from a checkpoint: its folder, or ``latest``. Raises ValueError."""
+        folder = checkpoints.find(self._folder, wanted)
+        self.step = checkpoints.load(
+            folder,
+            run=self._run,
+            head=self.head,
+            optimizer=self._optimizer,
+            scaler=self._scaler,
+        )
+
+    # ---- steps -----------------------------------------------------------------------------
+
+    def train(self, *, measure: Callable[[int], None] | None = None) -> None:
+        """All steps that are left; ``measure(step)`` is called every ``eval_steps``."""
+        config, per_epoch = self._config, self._order.steps_per_epoch
+        batches: list[list[int]] = []
+        epoch = -1
+        self.head.train()
+        with tqdm(
+            total=self.num_steps, initial=self.step, desc="steps", disable=not self._show_bar
+        ) as bar:
+            while self.step < self.num_steps:
+                if epoch != self.step // per_epoch:
+                    epoch = self.step // per_epoch
+                    batches = self._order.epoch(epoch)
+                self._take(batches[self.step % per_epoch])
+                self.step += 1
+                bar.update()
+                if self.step % config.logging_steps == 0 or self.step == self.num_steps:
+                    told = self._sums.told(self._ranks)
+                    if self._ranks.is_first:
+                        _log.info("step %d of %d: %s", self.step, self.num_steps, told)
+                    self._sums = self._fresh_sums()
+                if self.step % config.save_steps == 0 or self.step == self.num_steps:
+                    self.save()
+                if measure is not None and config.eval_steps is not None:
+                    if self.step % config.eval_steps == 0 and self.step < self.num_steps:
+                        measure(self.step)
+                        self.head.train()
+
+    def _take(self, numbers: Sequence[int]) -> None:
+        """One optimizer step on these samples, of which this rank runs its share."""
+        config = self._config
+        # As if drawn anew: what a step draws does not depend on the steps before it.
+        torch.manual_seed((config.seed * _STEP_SEEDS + self.step) * 4096 + self._ranks.rank)
+        total = sum(len(self._samples[number].token_ids) for number in numbers)
+        mine = numbers[self._ranks.rank :: self._ranks.size]
+        size = config.per_device_batch_size
+        for start in range(0, len(mine), size):
+            loss = self._loss(mine[start : start + size]) / total
+            self._scaler.scale(loss).backward()
+        self._ranks.sum_gradients(self._parameters)
+        self._scaler.unscale_(self._optimizer)
+        torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm)
+        rate = learning_rate(
+            self.step,
+            num_steps=self.num_steps,
+            peak=config.learning_rate,
+            warmup_ratio=config.warmup_ratio,
+            min_ratio=config.min_lr_ratio,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, numbers: Sequence[int]) -> Tensor:
+        """Weighted sum over all places and depths of these samples."""
+        config, rows = self._config, self.vectors.rows
+        batch = make_batch(
+            [self._samples[number] for number in numbers],
+            self._source.states(numbers),
+            token_vectors=self.vectors.tokens,
+            window=self.head.config.window,
+        )
+        picked = batch.is_label
+        labels = batch_labels(batch, picked, rows=rows, temperature=config.label_temperature)
+        # The place in [0, R) of every label: depth j has no draft before place j.
+        at = picked.nonzero()[:, 1]
+        loss = torch.zeros((), device=self._device)
+        with torch.autocast(self._device.type, dtype=self._amp, enabled=self._amp is not None):
+            for depth, out in enumerate(
+                unroll(self.head, batch.features, depth=config.unroll_steps)
+            ):
+                there = at >= depth
+                if not there.any():
+                    break
+                found, sums = match_loss(
+                    out[picked][there],
+                    labels if depth == 0 else labels.at(there),
+                    rows=rows,
+                    acceptance_weight=config.acceptance_weight,
+                )
+                loss = loss + config.unroll_decay**depth * found
+                self._sums.by_depth[depth, 0] += there.sum()
+                self._sums.by_depth[depth, 1:] += sums
+        return loss
