@@ -41,6 +41,17 @@ ALLOWED: dict[str, set[str]] = {
         "sampling",
         "speculative",
     },
+    "distill": {
+        "types",
+        "config",
+        "flags",
+        "checkpoint",
+        "attention",
+        "platforms",
+        "models",
+        "worker",
+        "llm",
+    },
 }
 # These assemble the house and may import any room.
 ASSEMBLERS = {"__main__", "cli", "llm", "bench", "flags", "compat", "__init__"}

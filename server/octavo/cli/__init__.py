@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 from octavo import __version__
-from octavo.cli import bench, chat, compile, generate, plan, serve
+from octavo.cli import bench, chat, compile, distill, generate, plan, serve
 from octavo.compat import unknown_flag_message
 from octavo.flags import FlagParser, known_flags
 
@@ -25,7 +25,7 @@ def build_parser() -> tuple[FlagParser, dict[str, FlagParser]]:
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     parsers: dict[str, FlagParser] = {}
-    for module in (serve, generate, chat, plan, compile):
+    for module in (serve, generate, chat, distill, plan, compile):
         name = module.__name__.rpartition(".")[2]
         parsers[name] = commands.add_parser(
             name, help=module.HELP, description=module.HELP, allow_abbrev=False

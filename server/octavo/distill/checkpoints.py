@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from octavo.distill.head import DraftHead
 from octavo.distill.options import TrainConfig
@@ -23,9 +22,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _FILE = "state.pt"
 
 
-def make_optimizer(
-    head: DraftHead, *, config: TrainConfig, ranks: Ranks
-) -> torch.optim.Optimizer:
+def make_optimizer(head: DraftHead, *, config: TrainConfig, ranks: Ranks) -> torch.optim.Optimizer:
     """AdamW, without decay of vectors; with several ranks each keeps a part of its state."""
     matrices = [p for p in head.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in head.parameters() if p.requires_grad and p.dim() == 1]
@@ -39,6 +36,9 @@ def make_optimizer(
     }
     if ranks.size == 1:
         return torch.optim.AdamW(groups, **options)
+    # Lazy: the package compiles optimizers for TorchScript as it is imported, with warnings.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)  # type: ignore[no-untyped-call]
 
 
@@ -53,8 +53,8 @@ def save(
     limit: int,
 ) -> None:
     """Writes ``folder/checkpoint-STEP`` and keeps the ``limit`` newest."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict(to=0)
+    if ranks.size > 1:
+        optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
     if ranks.is_first:
         place = folder / f"checkpoint-{state['step']}"
         part = folder / f".{place.name}.part"

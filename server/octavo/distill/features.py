@@ -94,9 +94,7 @@ class _Layout:
         self.taps = np.cumsum([0, *(len(ids) - first for ids, first, _ in spans)])
         self.labels = np.cumsum([0, *(len(ids) - label for ids, _, label in spans)])
 
-    def open(
-        self, folder: Path, *, size: int, mode: str
-    ) -> tuple[np.memmap, np.memmap, np.memmap]:  # type: ignore[type-arg]
+    def open(self, folder: Path, *, size: int, mode: str) -> tuple[np.memmap, np.memmap, np.memmap]:  # type: ignore[type-arg]
         taps, labels = int(self.taps[-1]), int(self.labels[-1])
         parts = (
             ("taps.f16", np.float16, (taps, 3 * size)),

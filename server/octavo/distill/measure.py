@@ -113,9 +113,7 @@ def _hits(
     depth: int,
 ) -> Tensor:
     """[B, depth, R] bool: whether the likeliest token of place r at a depth is the text's."""
-    batch = make_batch(
-        samples, states, token_vectors=vectors.tokens, window=head.config.window
-    )
+    batch = make_batch(samples, states, token_vectors=vectors.tokens, window=head.config.window)
     found = [
         vectors.draft_ids[torch.matmul(out, vectors.rows.T).argmax(-1)] == batch.true_ids
         for out in unroll(head, batch.features, depth=depth)

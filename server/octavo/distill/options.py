@@ -78,6 +78,9 @@ class TrainConfig:
     acceptance_weight: float = _opt(
         1.0, "of the chance that a draft is rejected, beside the KL divergence"
     )
+    hidden_weight: float = _opt(
+        1.0, "of the distance to the model's own hidden states, which fades to 0 by the end"
+    )
     label_temperature: float = _opt(1.0, "of the model's distributions", minimum=0.05)
     hidden_dropout: float = _opt(0.0, "on the features and the attention's output", maximum=0.9)
     bf16: bool = _opt(False, "mixed precision with bfloat16")

@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,12 @@ from octavo.distill.samples import (
 from octavo.distill.target import Target, load_target
 from octavo.distill.trainer import Trainer, Vectors
 from octavo.llm import LLM
+from octavo.llm import engine_config as llm_config
 from octavo.models import Model, target_fingerprint
 from octavo.worker.sizing import usable_cores
 
 _log = logging.getLogger(__name__)
 _GENERATED, _STATES, _MEASURED = "generated.jsonl", "states", "acceptance.json"
-# Of a head's rotary tables, which know distances alone: a head sees no further than its window.
-_MAX_PLACES = 1 << 15
 
 Measured = dict[str, Acceptance]
 
@@ -102,7 +100,7 @@ def _write_texts(
         path = _eval_file(output, name)
         if not path.is_file():
             texts = read_prompts(Path(name))[: data.num_eval_samples]
-            write_samples(path, author().greedy(texts, seed=seed))
+            write_samples(path, author().greedy(texts))
     opened.clear()
     gc.collect()
 
@@ -135,7 +133,7 @@ def _train(
     show_bar: bool,
 ) -> Measured:
     output, window = Path(config.output), config.head.window
-    model, cache_dtype = load_target(engine_config(engine))
+    name, model, cache_dtype = load_target(engine_config(engine))
     _check_ids([*samples, *(s for part in held_out.values() for s in part)], model=model)
     layers = default_layers(model.spec.num_layers, config.head.aux_layers)
     everything = [samples, *held_out.values()]
@@ -149,7 +147,14 @@ def _train(
     fingerprint = target_fingerprint(model)
     _use_all_cores(engine)
     vectors = _vectors(target, samples, size=config.data.draft_vocab_size)
-    head = _head(config, target=target, layers=layers, vectors=vectors, fingerprint=fingerprint)
+    about = {
+        "name": name,
+        "hidden_size": model.spec.hidden_size,
+        "num_hidden_layers": model.spec.num_layers,
+        "vocab_size": model.spec.vocab_size,
+        "fingerprint": fingerprint,
+    }
+    head = _head(config, model=model, layers=layers, vectors=vectors, about=about)
     source: StateSource = ComputedStates(target, samples, window=window)
     if config.data.cache_hidden_states:
         key = f"{fingerprint} {layers} {config.train.label_temperature} {cache_dtype}"
@@ -171,9 +176,7 @@ def _train(
         fingerprint=fingerprint,
         show_bar=show_bar,
     )
-    sources = {
-        name: ComputedStates(target, part, window=window) for name, part in held_out.items()
-    }
+    sources = {name: ComputedStates(target, part, window=window) for name, part in held_out.items()}
     history: list[dict[str, Any]] = []
 
     def look(step: int) -> Measured:
@@ -218,10 +221,8 @@ def _train(
 
 def engine_config(engine: Mapping[str, Any]) -> EngineConfig:
     """The configuration that `octavo.LLM` makes of the same options."""
-    from octavo import llm
-
     options = dict(engine)
-    return llm.engine_config(options.pop("model", ""), options)
+    return llm_config(options.pop("model", ""), options)
 
 
 def _use_all_cores(engine: Mapping[str, Any]) -> None:
@@ -261,13 +262,12 @@ def _vectors(target: Target, samples: Sequence[Sample], *, size: int) -> Vectors
 def _head(
     config: DistillConfig,
     *,
-    target: Target,
+    model: Model,
     layers: tuple[int, ...],
     vectors: Vectors,
-    fingerprint: str,
+    about: Mapping[str, Any],
 ) -> DraftHead:
-    model, options = target.model, config.head
-    spec = model.spec
+    spec, options = model.spec, config.head
     head = DraftHead(
         HeadConfig(
             hidden_size=spec.hidden_size,
@@ -282,13 +282,7 @@ def _head(
             max_position_embeddings=spec.max_position_embeddings,
             aux_layers=layers,
             window=options.window,
-            target={
-                "name": config.target_name,
-                "hidden_size": spec.hidden_size,
-                "num_hidden_layers": spec.num_layers,
-                "vocab_size": spec.vocab_size,
-                "fingerprint": fingerprint,
-            },
+            target=about,
         ),
         dropout=config.train.hidden_dropout,
     )

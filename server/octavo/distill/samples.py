@@ -130,10 +130,10 @@ class Author:
         self._llm = llm
         self._max_new_tokens = max_new_tokens
         try:
-            text = llm.render_chat([{"role": "user", "content": _MARK}])
-            self._is_chat = bool(text)
+            text = llm.chat_text([{"role": "user", "content": _MARK}])
+            self._chat_head, self._is_chat = text.split(_MARK)[0], True
         except ValueError:
-            self._is_chat = False
+            self._chat_head, self._is_chat = "", False
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """A message to the model where it has a chat template, else the text itself."""
@@ -162,9 +162,13 @@ class Author:
 
     def _begin(self, opening: str) -> tuple[int, ...]:
         if self._is_chat:
-            head = self._llm.chat_text([{"role": "user", "content": _MARK}]).split(_MARK)[0]
-            return tuple(self._llm.tokenizer.encode(head + opening, add_special_tokens=False))
+            text = self._chat_head + opening
+            return tuple(self._llm.tokenizer.encode(text, add_special_tokens=False))
         return tuple(self._llm.tokenizer.encode(opening or "The"))
+
+    def greedy(self, texts: Sequence[str]) -> list[Sample]:
+        """Answers to prompts at temperature 0."""
+        return self.answer([(self.encode(text), 0.0) for text in texts], rng=random.Random(0))
 
     def answer(
         self, prompts: Sequence[tuple[tuple[int, ...], float]], *, rng: random.Random

@@ -32,8 +32,8 @@ class States:
     log_norm: Tensor  # [n - labelled] log of the softmax's denominator over the vocabulary
 
 
-def load_target(config: EngineConfig) -> tuple[Model, torch.dtype]:
-    """The model and the dtype of its cache. Raises ValueError for what cannot be served."""
+def load_target(config: EngineConfig) -> tuple[str, Model, torch.dtype]:
+    """The model with its name, and the dtype of its cache. Raises ValueError."""
     if choose_device(config.model.device) is not DeviceKind.CPU:
         raise ValueError("--device must be cpu: distill reads hidden states of the CPU engine")
     startup.set_threads(config.model.num_threads)
@@ -41,7 +41,7 @@ def load_target(config: EngineConfig) -> tuple[Model, torch.dtype]:
     precision = startup.choose_precision(config, files=files)
     with startup.kernels_compiled(precision):
         model, _ = startup.load(config, files=files, spec=files.spec, precision=precision)
-    return model, precision.cache_dtype
+    return files.name, model, precision.cache_dtype
 
 
 class Target:
@@ -81,9 +81,7 @@ class Target:
         for text in texts:
             length, needed = len(text[0]), -(-len(text[0]) // _BLOCK_SIZE)
             assert length <= self._max_tokens, "a text is longer than the cache"
-            if group and (
-                tokens + length > self._max_tokens or blocks + needed > self._num_blocks
-            ):
+            if group and (tokens + length > self._max_tokens or blocks + needed > self._num_blocks):
                 yield group
                 group, tokens, blocks = [], 0, 0
             group.append(text)

@@ -68,13 +68,17 @@ class _Sums:
         return ", ".join(told) + f", {rate:.0f} places/s"
 
 
-def batch_labels(
-    batch: Batch, picked: Tensor, *, rows: Tensor, temperature: float
-) -> Labels:
+def batch_labels(batch: Batch, picked: Tensor, *, rows: Tensor, temperature: float) -> Labels:
     """The target's distributions at the picked places ([B, R] bool) of a batch."""
     return target_labels(
         batch.hidden[picked], batch.log_norm[picked], rows=rows, temperature=temperature
     )
+
+
+def _distance(outputs: Tensor, hidden: Tensor) -> Tensor:
+    """Sum over places of the squared distance [M, H] relative to the hidden state's square."""
+    scale = hidden.square().sum(-1).clamp(min=1e-12)
+    return ((outputs.float() - hidden).square().sum(-1) / scale).sum()
 
 
 class Trainer:
@@ -173,10 +177,9 @@ class Trainer:
                     self._sums = self._fresh_sums()
                 if self.step % config.save_steps == 0 or self.step == self.num_steps:
                     self.save()
-                if measure is not None and config.eval_steps is not None:
-                    if self.step % config.eval_steps == 0 and self.step < self.num_steps:
-                        measure(self.step)
-                        self.head.train()
+                is_time = config.eval_steps and self.step % config.eval_steps == 0
+                if measure is not None and is_time and self.step < self.num_steps:
+                    measure(self.step)
 
     def _take(self, numbers: Sequence[int]) -> None:
         """One optimizer step on these samples, of which this rank runs its share."""
@@ -232,6 +235,10 @@ class Trainer:
                     rows=rows,
                     acceptance_weight=config.acceptance_weight,
                 )
+                if config.hidden_weight:
+                    left = 1 - self.step / self.num_steps
+                    apart = _distance(out[picked][there], batch.hidden[picked][there])
+                    found = found + config.hidden_weight * left * apart
                 loss = loss + config.unroll_decay**depth * found
                 self._sums.by_depth[depth, 0] += there.sum()
                 self._sums.by_depth[depth, 1:] += sums
