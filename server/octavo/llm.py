@@ -203,18 +203,14 @@ class LLM:
 
     def render_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a conversation under the model's chat template. Raises ValueError."""
-        text = self.chat_text(messages)
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def chat_text(self, messages: Sequence[Message]) -> str:
-        """A conversation under the model's chat template. Raises ValueError."""
         if self._template is None:
             tokenizer = self.tokenizer
             source = find_template(None, folder=tokenizer.folder, config=tokenizer.config)
             if source is None:
                 raise ValueError(f"{self.info.model} has no chat template; use generate()")
             self._template = ChatTemplate(source, special_tokens=tokenizer.named_tokens)
-        return self._template.render(messages)
+        text = self._template.render(messages)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     # ---- one prompt ------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def make_optimizer(head: DraftHead, *, config: TrainConfig, ranks: Ranks) -> tor
     # Lazy: the package compiles optimizers for TorchScript as it is imported, with warnings.
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)  # type: ignore[no-untyped-call]
+    return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
 
 
 def save(

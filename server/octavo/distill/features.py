@@ -72,7 +72,7 @@ class CachedStates:
     def states(self, numbers: Sequence[int]) -> list[States]:
         taps, labels = self._layout.taps, self._layout.labels
 
-        def rows(array: np.memmap, bounds: np.ndarray, number: int) -> Tensor:  # type: ignore[type-arg]
+        def rows(array: np.memmap, bounds: np.ndarray, number: int) -> Tensor:
             part = array[bounds[number] : bounds[number + 1]]
             return torch.from_numpy(np.array(part, dtype=np.float32))
 
@@ -94,7 +94,7 @@ class _Layout:
         self.taps = np.cumsum([0, *(len(ids) - first for ids, first, _ in spans)])
         self.labels = np.cumsum([0, *(len(ids) - label for ids, _, label in spans)])
 
-    def open(self, folder: Path, *, size: int, mode: str) -> tuple[np.memmap, np.memmap, np.memmap]:  # type: ignore[type-arg]
+    def open(self, folder: Path, *, size: int, mode: str) -> tuple[np.memmap, np.memmap, np.memmap]:
         taps, labels = int(self.taps[-1]), int(self.labels[-1])
         parts = (
             ("taps.f16", np.float16, (taps, 3 * size)),
@@ -136,7 +136,7 @@ def write_cache(
     mark.unlink(missing_ok=True)
     taps, hidden, norms = layout.open(folder, size=size, mode="w+")
     computed = ComputedStates(target, samples, window=window)
-    largest = np.finfo(np.float16).max
+    largest = float(np.finfo(np.float16).max)
     with tqdm(total=len(samples), desc="hidden states", disable=not show_bar) as bar:
         for start in range(0, len(samples), _READ_TOGETHER):
             numbers = range(start, min(start + _READ_TOGETHER, len(samples)))

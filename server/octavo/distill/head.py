@@ -147,8 +147,10 @@ class DraftHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         rope = RopeSpec(theta=config.rope_theta, rotary_dim=config.head_dim)
         cos, sin = rotary_tables(rope, max_positions=config.max_position_embeddings)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self._cos: Tensor
+        self._sin: Tensor
+        self.register_buffer("_cos", cos, persistent=False)
+        self.register_buffer("_sin", sin, persistent=False)
 
     def inputs(self, embedded: Tensor, feature: Tensor) -> Tensor:
         """Token vectors and features, [B, L, H] each -> what attention projects, [B, L, 2H]."""
@@ -170,14 +172,15 @@ class DraftHead(nn.Module):
         layer = self.midlayer
         flat = context.transpose(1, 2).flatten(2)
         stream = feature + self.dropout(layer.self_attn.o_proj(flat))
-        return stream + layer.mlp(layer.post_attention_layernorm(stream))
+        out: Tensor = stream + layer.mlp(layer.post_attention_layernorm(stream))
+        return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.config.head_dim).transpose(1, 2)
 
     def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
         first, second = self._heads(x).chunk(2, dim=-1)
-        cos, sin = self.cos[places], self.sin[places]
+        cos, sin = self._cos[places], self._sin[places]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 

@@ -41,7 +41,8 @@ class Ranks:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
-        for parameter, part in zip(parameters, flat.split([g.numel() for g in grads]), strict=True):
+        parts = torch.split(flat, [grad.numel() for grad in grads])
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
 
     def summed(self, values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ lines as they come, so a run that was cut off goes on where it was.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,6 @@ _OPENINGS = (
     "Edit the following", "Given", "Evaluate", "Which", "Is", "Calculate", "Develop", "The", "Let",
     "Could you", "You are", "Provide", "A", "In", "Identify", "Draft", "Write an email", "Embody",
 )  # fmt: skip
-_MARK = "@@octavo@@"
 _ROUND = 96  # answers generated together and then written
 _OWN_PROMPT_TOKENS = 160
 _OWN_PROMPT_SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_tokens": _OWN_PROMPT_TOKENS}
@@ -130,10 +130,13 @@ class Author:
         self._llm = llm
         self._max_new_tokens = max_new_tokens
         try:
-            text = llm.chat_text([{"role": "user", "content": _MARK}])
-            self._chat_head, self._is_chat = text.split(_MARK)[0], True
+            chats = [llm.render_chat([{"role": "user", "content": text}]) for text in ("Q", "7")]
         except ValueError:
-            self._chat_head, self._is_chat = "", False
+            chats = []
+        self._is_chat = bool(chats)
+        # What stands before every user's message.
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*chats, strict=False))
+        self._chat_head = tuple(pair[0] for pair in same)
 
     def encode(self, prompt: str) -> tuple[int, ...]:
         """A message to the model where it has a chat template, else the text itself."""
@@ -162,8 +165,8 @@ class Author:
 
     def _begin(self, opening: str) -> tuple[int, ...]:
         if self._is_chat:
-            text = self._chat_head + opening
-            return tuple(self._llm.tokenizer.encode(text, add_special_tokens=False))
+            written = self._llm.tokenizer.encode(opening, add_special_tokens=False)
+            return (*self._chat_head, *written)
         return tuple(self._llm.tokenizer.encode(opening or "The"))
 
     def greedy(self, texts: Sequence[str]) -> list[Sample]:

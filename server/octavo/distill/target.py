@@ -104,7 +104,7 @@ class Target:
             hidden[start + label : start + length].clone()
             for start, length, (_, _, label) in zip(starts, lengths, group, strict=True)
         ]
-        norms = self._log_norms(torch.cat(labelled)).split([len(rows) for rows in labelled])
+        norms = torch.split(self._log_norms(torch.cat(labelled)), [len(rows) for rows in labelled])
         return [
             States(taps=taps.out[start + first : start + length], hidden=rows, log_norm=norm)
             for start, length, (_, first, _), rows, norm in zip(
@@ -134,7 +134,7 @@ class Target:
         """[M, H] -> [M]: logsumexp of the logits at the labels' temperature."""
         parts = [
             (self.model.compute_logits(rows) / self._temperature).logsumexp(-1)
-            for rows in hidden.split(_LOGITS_ROWS)
+            for rows in torch.split(hidden, _LOGITS_ROWS)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0)
 
@@ -142,7 +142,7 @@ class Target:
     def token_vectors(self) -> Tensor:
         """[V, H] float32: what the model's first layer gets of every token."""
         ids = torch.arange(self.model.spec.vocab_size, dtype=torch.int32)
-        return torch.cat([self.model.embed(part).clone() for part in ids.split(4096)])
+        return torch.cat([self.model.embed(part).clone() for part in torch.split(ids, 4096)])
 
     @torch.no_grad()
     def output_rows(self, token_ids: Tensor) -> Tensor:
@@ -151,5 +151,5 @@ class Target:
         Read as the logits of unit vectors, which every model can give, however it keeps the matrix.
         """
         unit = torch.eye(self.model.spec.hidden_size)
-        parts = [self.model.compute_logits(part)[:, token_ids] for part in unit.split(64)]
+        parts = [self.model.compute_logits(part)[:, token_ids] for part in torch.split(unit, 64)]
         return torch.cat(parts).T.contiguous()

@@ -154,7 +154,7 @@ class Trainer:
 
     # ---- steps -----------------------------------------------------------------------------
 
-    def train(self, *, measure: Callable[[int], None] | None = None) -> None:
+    def train(self, *, measure: Callable[[int], object] | None = None) -> None:
         """All steps that are left; ``measure(step)`` is called every ``eval_steps``."""
         config, per_epoch = self._config, self._order.steps_per_epoch
         batches: list[list[int]] = []
@@ -191,7 +191,7 @@ class Trainer:
         size = config.per_device_batch_size
         for start in range(0, len(mine), size):
             loss = self._loss(mine[start : start + size]) / total
-            self._scaler.scale(loss).backward()
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._ranks.sum_gradients(self._parameters)
         self._scaler.unscale_(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._parameters, config.max_grad_norm)

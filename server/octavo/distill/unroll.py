@@ -80,7 +80,7 @@ def _attend(
     of the one before the place before, and so on.
     """
     num_kv, size = k0.shape[1], q.shape[-1]
-    q = q.unflatten(1, (num_kv, -1)) * size**-0.5  # [B, K, G, R, h]
+    q = q.view(len(q), num_kv, -1, *q.shape[2:]) * size**-0.5  # [B, K, G, R, h]
     scores = torch.matmul(q, k0[:, :, None].transpose(-1, -2)).float()
     scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
     links = [
