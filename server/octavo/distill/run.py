@@ -34,7 +34,7 @@ from octavo.distill.target import Target, load_target
 from octavo.distill.trainer import Trainer, Vectors
 from octavo.llm import LLM
 from octavo.llm import engine_config as llm_config
-from octavo.models import Model, target_fingerprint
+from octavo.models import target_fingerprint
 from octavo.worker.sizing import usable_cores
 
 _log = logging.getLogger(__name__)
@@ -133,37 +133,19 @@ def _train(
     show_bar: bool,
 ) -> Measured:
     output, window = Path(config.output), config.head.window
-    name, model, cache_dtype = load_target(engine_config(engine))
-    _check_ids([*samples, *(s for part in held_out.values() for s in part)], model=model)
-    layers = default_layers(model.spec.num_layers, config.head.aux_layers)
     everything = [samples, *held_out.values()]
-    target = Target(
-        model,
-        cache_dtype=cache_dtype,
-        layers=layers,
-        max_len=max(len(sample.all_ids) for part in everything for sample in part),
-        label_temperature=config.train.label_temperature,
-    )
-    fingerprint = target_fingerprint(model)
+    target, about = _target(config, engine=engine, samples=everything)
     _use_all_cores(engine)
     vectors = _vectors(target, samples, size=config.data.draft_vocab_size)
-    about = {
-        "name": name,
-        "hidden_size": model.spec.hidden_size,
-        "num_hidden_layers": model.spec.num_layers,
-        "vocab_size": model.spec.vocab_size,
-        "fingerprint": fingerprint,
-    }
-    head = _head(config, model=model, layers=layers, vectors=vectors, about=about)
+    head = _head(config, target=target, vectors=vectors, about=about)
     source: StateSource = ComputedStates(target, samples, window=window)
     if config.data.cache_hidden_states:
-        key = f"{fingerprint} {layers} {config.train.label_temperature} {cache_dtype}"
+        folder = output / _STATES
+        key = f"{about['fingerprint']} {target.layers} {config.train.label_temperature}"
         if ranks.is_first:
-            write_cache(
-                output / _STATES, target, samples, window=window, key=key, show_bar=show_bar
-            )
+            write_cache(folder, target, samples, window=window, key=key, show_bar=show_bar)
         ranks.wait()
-        source = CachedStates(output / _STATES, samples, window=window)
+        source = CachedStates(folder, samples, window=window)
     trainer = Trainer(
         head,
         vectors,
@@ -173,50 +155,62 @@ def _train(
         ranks=ranks,
         folder=output,
         device=device,
-        fingerprint=fingerprint,
+        fingerprint=about["fingerprint"],
         show_bar=show_bar,
     )
-    sources = {name: ComputedStates(target, part, window=window) for name, part in held_out.items()}
-    history: list[dict[str, Any]] = []
-
-    def look(step: int) -> Measured:
-        """Measures, tells and keeps what was measured. On the first rank alone."""
-        if not ranks.is_first:
-            return {}
-        found = {
-            name: measure(
-                trainer.head, trainer.vectors, part, sources[name], depth=config.train.measure_depth
-            )
-            for name, part in held_out.items()
-        }
-        for name, acceptance in found.items():
-            _log.info("step %d, %s: %s", step, name, acceptance)
-        history.append({"step": step, **{name: a.to_json() for name, a in found.items()}})
-        (output / _MEASURED).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-        return found
-
+    examiner = _Examiner(trainer, target, held_out, depth=config.train.measure_depth, folder=output)
     if config.train.resume_from_checkpoint is not None:
         trainer.resume(config.train.resume_from_checkpoint)
+    look = examiner.measure if ranks.is_first else _nothing
     look(trainer.step)
     began = time.monotonic()
     trainer.train(measure=look)
     found = look(trainer.step)
     if ranks.is_first:
+        acceptance = {name: part.to_json() for name, part in found.items()}
         num_bytes = save_head(
-            output,
-            trainer.head,
-            draft_ids=trainer.vectors.draft_ids,
-            acceptance={name: acceptance.to_json() for name, acceptance in found.items()},
+            output, trainer.head, draft_ids=trainer.vectors.draft_ids, acceptance=acceptance
         )
-        _log.info(
-            "trained %d steps in %.0f s; %s holds a head of %.1f MB",
-            trainer.num_steps,
-            time.monotonic() - began,
-            output,
-            num_bytes / 1e6,
-        )
+        seconds, megabytes = time.monotonic() - began, num_bytes / 1e6
+        _log.info("trained in %.0f s: a head of %.1f MB in %s", seconds, megabytes, output)
     ranks.wait()
     return found
+
+
+class _Examiner:
+    """Measures acceptance, tells it, and keeps all that was measured in a file."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        target: Target,
+        held_out: Mapping[str, list[Sample]],
+        *,
+        depth: int,
+        folder: Path,
+    ) -> None:
+        self._trainer, self._held_out, self._depth = trainer, held_out, depth
+        window = trainer.head.config.window
+        self._sources = {
+            name: ComputedStates(target, part, window=window) for name, part in held_out.items()
+        }
+        self._path = folder / _MEASURED
+        self._history: list[dict[str, Any]] = []
+
+    def measure(self, step: int) -> Measured:
+        trainer, found = self._trainer, {}
+        for name, part in self._held_out.items():
+            source = self._sources[name]
+            found[name] = measure(trainer.head, trainer.vectors, part, source, depth=self._depth)
+            _log.info("step %d, %s: %s", step, name, found[name])
+        entry = {name: acceptance.to_json() for name, acceptance in found.items()}
+        self._history.append({"step": step, **entry})
+        self._path.write_text(json.dumps(self._history, indent=1) + "\n", encoding="utf-8")
+        return found
+
+
+def _nothing(step: int) -> Measured:
+    return {}
 
 
 def engine_config(engine: Mapping[str, Any]) -> EngineConfig:
@@ -230,14 +224,32 @@ def _use_all_cores(engine: Mapping[str, Any]) -> None:
     torch.set_num_threads(engine.get("num_threads") or usable_cores())
 
 
-def _check_ids(samples: Sequence[Sample], *, model: Model) -> None:
+def _target(
+    config: DistillConfig, *, engine: Mapping[str, Any], samples: Sequence[Sequence[Sample]]
+) -> tuple[Target, dict[str, Any]]:
+    """The teacher, and what a head says of it."""
+    name, model, cache_dtype = load_target(engine_config(engine))
     spec = model.spec
-    largest = max(max(sample.all_ids) for sample in samples)
+    largest = max(max(sample.all_ids) for part in samples for sample in part)
     if largest >= spec.vocab_size:
         raise ValueError(
             f"--generated: the texts hold token {largest}, the model has {spec.vocab_size} tokens; "
             "they are another model's"
         )
+    target = Target(
+        model,
+        cache_dtype=cache_dtype,
+        layers=default_layers(spec.num_layers, config.head.aux_layers),
+        max_len=max(len(sample.all_ids) for part in samples for sample in part),
+        label_temperature=config.train.label_temperature,
+    )
+    return target, {
+        "name": name,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "vocab_size": spec.vocab_size,
+        "fingerprint": target_fingerprint(model),
+    }
 
 
 def _vectors(target: Target, samples: Sequence[Sample], *, size: int) -> Vectors:
@@ -260,14 +272,10 @@ def _vectors(target: Target, samples: Sequence[Sample], *, size: int) -> Vectors
 
 
 def _head(
-    config: DistillConfig,
-    *,
-    model: Model,
-    layers: tuple[int, ...],
-    vectors: Vectors,
-    about: Mapping[str, Any],
+    config: DistillConfig, *, target: Target, vectors: Vectors, about: Mapping[str, Any]
 ) -> DraftHead:
-    spec, options = model.spec, config.head
+    model, options = target.model, config.head
+    spec = model.spec
     head = DraftHead(
         HeadConfig(
             hidden_size=spec.hidden_size,
@@ -280,7 +288,7 @@ def _head(
             vocab_size=spec.vocab_size,
             draft_vocab_size=len(vectors.draft_ids),
             max_position_embeddings=spec.max_position_embeddings,
-            aux_layers=layers,
+            aux_layers=target.layers,
             window=options.window,
             target=about,
         ),

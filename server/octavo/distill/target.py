@@ -58,7 +58,7 @@ class Target:
     ) -> None:
         self.model = model
         self._temperature = label_temperature
-        self._layers = layers
+        self.layers = layers
         self._max_tokens = max(_MAX_TOKENS, max_len)
         spec = kv_cache_spec(model.spec, block_size=_BLOCK_SIZE, dtype=cache_dtype)
         # Each text begins a block: at worst all but one token of a block are wasted.
@@ -93,7 +93,7 @@ class Target:
         lengths = [len(ids) for ids, _, _ in group]
         num_tokens = sum(lengths)
         size = self.model.spec.hidden_size
-        taps = Taps(layers=self._layers, out=torch.empty(num_tokens, len(self._layers) * size))
+        taps = Taps(layers=self.layers, out=torch.empty(num_tokens, len(self.layers) * size))
         token_ids = torch.tensor([i for ids, _, _ in group for i in ids], dtype=torch.int32)
         attn = self._metadata(lengths)
         hidden = self.model.forward(token_ids, attn, self._caches, taps=taps)
