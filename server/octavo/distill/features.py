@@ -142,10 +142,10 @@ def write_cache(
             numbers = range(start, min(start + _READ_TOGETHER, len(samples)))
             for number, states in zip(numbers, computed.states(numbers), strict=True):
                 rows = slice(layout.taps[number], layout.taps[number + 1])
-                taps[rows] = states.taps.clamp(-largest, largest).numpy()
+                taps[rows] = states.taps.clamp(-largest, largest).cpu().numpy()
                 rows = slice(layout.labels[number], layout.labels[number + 1])
-                hidden[rows] = states.hidden.clamp(-largest, largest).numpy()
-                norms[rows] = states.log_norm.numpy()
+                hidden[rows] = states.hidden.clamp(-largest, largest).cpu().numpy()
+                norms[rows] = states.log_norm.cpu().numpy()
             bar.update(len(numbers))
     for array in (taps, hidden, norms):
         array.flush()
@@ -163,12 +163,13 @@ def make_batch(
     spans = [places(sample, window=window) for sample in samples]
     num_context = max(label - 1 - first for _, first, label in spans)
     num_answer = max(len(sample.token_ids) for sample in samples)
-    count, size = len(samples), token_vectors.shape[1]
-    taps = torch.zeros(count, num_context + num_answer, states[0].taps.shape[1])
-    next_ids = torch.zeros(taps.shape[:2], dtype=torch.int64)
-    is_text = torch.zeros(taps.shape[:2], dtype=torch.bool)
-    hidden = torch.zeros(count, num_answer, size)
-    log_norm = torch.zeros(count, num_answer)
+    count, size, device = len(samples), token_vectors.shape[1], token_vectors.device
+    shape = count, num_context + num_answer
+    taps = torch.zeros(*shape, states[0].taps.shape[1], device=device)
+    next_ids = torch.zeros(shape, dtype=torch.int64)
+    is_text = torch.zeros(shape, dtype=torch.bool)
+    hidden = torch.zeros(count, num_answer, size, device=device)
+    log_norm = torch.zeros(count, num_answer, device=device)
     is_label = torch.zeros(count, num_answer, dtype=torch.bool)
     true_ids = torch.full((count, num_answer), -1)
     for row, (sample, state, (ids, first, label)) in enumerate(
@@ -185,16 +186,15 @@ def make_batch(
         log_norm[row, :answer] = state.log_norm
         is_label[row, :answer] = True
         true_ids[row, : answer - 1] = torch.tensor(sample.token_ids[1:])
-    device = token_vectors.device
     return Batch(
         features=Features(
-            taps=taps.to(device),
+            taps=taps,
             embedded=token_vectors[next_ids.to(device)],
             is_text=is_text.to(device),
             num_context=num_context,
         ),
-        hidden=hidden.to(device),
-        log_norm=log_norm.to(device),
+        hidden=hidden,
+        log_norm=log_norm,
         is_label=is_label.to(device),
         true_ids=true_ids.to(device),
     )

@@ -54,6 +54,9 @@ class HeadOptions:
         (), "three layers whose input it sees; default 2, the middle one and the last but two"
     )
     window: int = _opt(128, "most tokens that it sees", minimum=2)
+    init_from_head: str | None = _opt(
+        None, "folder of a head of this model and these sizes to begin with, vocabulary included"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,15 @@ class TrainConfig:
     )
     hidden_weight: float = _opt(
         1.0, "of the distance to the model's own hidden states, which fades to 0 by the end"
+    )
+    hidden_warmup_ratio: float = _opt(
+        0.2,
+        "share of the steps that learn those hidden states alone, a third of the work of a step "
+        "that learns distributions",
+        maximum=1,
+    )
+    unroll_warmup_ratio: float = _opt(
+        0.5, "share of the steps that draft one token only, before --unroll-steps", maximum=1
     )
     label_temperature: float = _opt(1.0, "of the model's distributions", minimum=0.05)
     hidden_dropout: float = _opt(0.0, "on the features and the attention's output", maximum=0.9)

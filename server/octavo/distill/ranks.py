@@ -53,13 +53,15 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """Joins the other processes that torchrun started, if it did."""
+def joined(*, on_gpu: bool) -> Iterator[Ranks]:
+    """Joins the other processes that torchrun started, if it did; each has a GPU of its own."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if size == 1:
         yield Ranks()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank=dist.get_rank(), size=size)
     finally:

@@ -17,7 +17,14 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.distill.features import CachedStates, ComputedStates, StateSource, write_cache
-from octavo.distill.head import DraftHead, HeadConfig, default_layers, save_head, start_like
+from octavo.distill.head import (
+    DraftHead,
+    HeadConfig,
+    default_layers,
+    load_head,
+    save_head,
+    start_like,
+)
 from octavo.distill.measure import Acceptance, measure
 from octavo.distill.options import DistillConfig
 from octavo.distill.ranks import Ranks, joined
@@ -31,10 +38,11 @@ from octavo.distill.samples import (
     write_samples,
 )
 from octavo.distill.target import Target, load_target
-from octavo.distill.trainer import Trainer, Vectors
+from octavo.distill.trainer import Trainer, Vectors, logit_metric
 from octavo.llm import LLM
 from octavo.llm import engine_config as llm_config
-from octavo.models import target_fingerprint
+from octavo.models import is_same_target, target_fingerprint
+from octavo.worker.devices import DeviceKind, choose_device
 from octavo.worker.sizing import usable_cores
 
 _log = logging.getLogger(__name__)
@@ -50,20 +58,22 @@ def distill(config: DistillConfig, *, engine: Mapping[str, Any], show_bar: bool)
     used.
     """
     output = Path(config.output)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with joined(device) as ranks:
+    # First of all: it keeps cuBLAS to the engine's bits, before anything else uses CUDA.
+    kind = choose_device(engine_config(engine).model.device)
+    with joined(on_gpu=kind is DeviceKind.CUDA) as ranks:
         if ranks.is_first:
             output.mkdir(parents=True, exist_ok=True)
             _write_texts(config, engine=engine, output=output, show_bar=show_bar)
         ranks.wait()
-        samples, held_out = _texts(config, output=output)
+        generated = read_samples(_generated(config, output))
+        samples, held_out = _texts(config, generated[: config.data.num_samples], output=output)
         return _train(
             config,
             engine=engine,
             ranks=ranks,
+            generated=generated,
             samples=samples,
             held_out=held_out,
-            device=device,
             show_bar=show_bar and ranks.is_first,
         )
 
@@ -105,10 +115,11 @@ def _write_texts(
     gc.collect()
 
 
-def _texts(config: DistillConfig, *, output: Path) -> tuple[list[Sample], dict[str, list[Sample]]]:
+def _texts(
+    config: DistillConfig, samples: list[Sample], *, output: Path
+) -> tuple[list[Sample], dict[str, list[Sample]]]:
     """(to train on, to measure on by set)."""
     data = config.data
-    samples = read_samples(_generated(config, output))[: data.num_samples]
     if data.eval_prompts:
         return samples, {
             Path(name).stem: read_samples(_eval_file(output, name)) for name in data.eval_prompts
@@ -127,17 +138,16 @@ def _train(
     *,
     engine: Mapping[str, Any],
     ranks: Ranks,
+    generated: list[Sample],
     samples: list[Sample],
     held_out: dict[str, list[Sample]],
-    device: torch.device,
     show_bar: bool,
 ) -> Measured:
     output, window = Path(config.output), config.head.window
     everything = [samples, *held_out.values()]
     target, about = _target(config, engine=engine, samples=everything)
     _use_all_cores(engine)
-    vectors = _vectors(target, samples, size=config.data.draft_vocab_size)
-    head = _head(config, target=target, vectors=vectors, about=about)
+    head, vectors = _head(config, target=target, generated=generated, about=about)
     source: StateSource = ComputedStates(target, samples, window=window)
     if config.data.cache_hidden_states:
         folder = output / _STATES
@@ -154,7 +164,7 @@ def _train(
         config=config.train,
         ranks=ranks,
         folder=output,
-        device=device,
+        device=target.device,
         fingerprint=about["fingerprint"],
         show_bar=show_bar,
     )
@@ -252,10 +262,8 @@ def _target(
     }
 
 
-def _vectors(target: Target, samples: Sequence[Sample], *, size: int) -> Vectors:
+def _vectors(target: Target, samples: Sequence[Sample], *, draft_ids: torch.Tensor) -> Vectors:
     spec = target.model.spec
-    ids = draft_vocabulary(samples, size=size, vocab_size=spec.vocab_size)
-    draft_ids = torch.tensor(ids, dtype=torch.int64)
     covered = torch.zeros(spec.vocab_size, dtype=torch.bool)
     covered[draft_ids] = True
     answers = torch.tensor([i for sample in samples for i in sample.token_ids])
@@ -264,35 +272,62 @@ def _vectors(target: Target, samples: Sequence[Sample], *, size: int) -> Vectors
         len(samples),
         len(answers),
         100 * float(covered[answers].float().mean()),
-        len(ids),
+        len(draft_ids),
     )
+    rows = target.output_rows(draft_ids)
+    frequency = torch.bincount(answers, minlength=spec.vocab_size)[draft_ids]
     return Vectors(
-        tokens=target.token_vectors(), rows=target.output_rows(draft_ids), draft_ids=draft_ids
+        tokens=target.token_vectors(),
+        rows=rows,
+        draft_ids=draft_ids,
+        metric=logit_metric(rows.cpu(), frequency),
     )
 
 
 def _head(
-    config: DistillConfig, *, target: Target, vectors: Vectors, about: Mapping[str, Any]
-) -> DraftHead:
-    model, options = target.model, config.head
+    config: DistillConfig,
+    *,
+    target: Target,
+    generated: Sequence[Sample],
+    about: Mapping[str, Any],
+) -> tuple[DraftHead, Vectors]:
+    """A head to begin with, and what it takes from the target."""
+    model, options, data = target.model, config.head, config.data
     spec = model.spec
-    head = DraftHead(
-        HeadConfig(
-            hidden_size=spec.hidden_size,
-            intermediate_size=options.intermediate_size or -(-spec.hidden_size * 16 // 9 // 8) * 8,
-            num_attention_heads=spec.num_heads,
-            num_key_value_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            rms_norm_eps=spec.rms_norm_eps,
-            rope_theta=spec.rope.theta,
-            vocab_size=spec.vocab_size,
-            draft_vocab_size=len(vectors.draft_ids),
-            max_position_embeddings=spec.max_position_embeddings,
-            aux_layers=target.layers,
-            window=options.window,
-            target=about,
-        ),
-        dropout=config.train.hidden_dropout,
+    ids = draft_vocabulary(generated, size=data.draft_vocab_size, vocab_size=spec.vocab_size)
+    draft_ids = torch.tensor(ids, dtype=torch.int64)
+    wanted = HeadConfig(
+        hidden_size=spec.hidden_size,
+        intermediate_size=options.intermediate_size or -(-spec.hidden_size * 16 // 9 // 8) * 8,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        rms_norm_eps=spec.rms_norm_eps,
+        rope_theta=spec.rope.theta,
+        vocab_size=spec.vocab_size,
+        draft_vocab_size=len(draft_ids),
+        max_position_embeddings=spec.max_position_embeddings,
+        aux_layers=target.layers,
+        window=options.window,
+        target=about,
     )
-    start_like(head, final_norm=model.norms()[-1].float().cpu(), seed=config.train.seed)
-    return head
+    head = DraftHead(wanted, dropout=config.train.hidden_dropout)
+    if options.init_from_head is None:
+        start_like(head, final_norm=model.norms()[-1].float().cpu(), seed=config.train.seed)
+    else:
+        found, draft_ids = load_head(Path(options.init_from_head))
+        _check_same(found.config, wanted)
+        head.load_state_dict(found.state_dict())
+    return head, _vectors(target, generated, draft_ids=draft_ids)
+
+
+def _check_same(found: HeadConfig, wanted: HeadConfig) -> None:
+    """Raises ValueError where training cannot go on from a head."""
+    for name in HeadConfig.__dataclass_fields__:
+        one, other = getattr(found, name), getattr(wanted, name)
+        if name == "target":
+            one, other = dict(one).get("fingerprint", ""), other["fingerprint"]
+            if is_same_target(one, other):
+                continue
+        if one != other:
+            raise ValueError(f"--init-from-head: its {name} is {one}, that asked for is {other}")

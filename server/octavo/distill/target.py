@@ -14,9 +14,11 @@ from torch import Tensor
 from octavo.attention.base import AttentionMetadata, KVLayer
 from octavo.checkpoint import resolve
 from octavo.config import EngineConfig
-from octavo.models import Model, Taps, kv_cache_spec
+from octavo.models import Model, Taps, kv_cache_spec, load_model, weight_dtype
+from octavo.platforms.gpu import GPUPlatform
 from octavo.worker import startup
 from octavo.worker.devices import DeviceKind, choose_device
+from octavo.worker.gpu import startup as gpu_startup
 
 _MAX_TOKENS = 1024  # of texts that go through the model together
 _BLOCK_SIZE = 16
@@ -34,10 +36,21 @@ class States:
 
 def load_target(config: EngineConfig) -> tuple[str, Model, torch.dtype]:
     """The model with its name, and the dtype of its cache. Raises ValueError."""
-    if choose_device(config.model.device) is not DeviceKind.CPU:
-        raise ValueError("--device must be cpu: distill reads hidden states of the CPU engine")
-    startup.set_threads(config.model.num_threads)
+    kind = choose_device(config.model.device)
     files = resolve(config.model)
+    if kind is not DeviceKind.CPU:
+        device = gpu_startup.start_device(is_interpreted=kind is DeviceKind.INTERPRETED)
+        dtype = weight_dtype(config.model.dtype, device="cuda")
+        model = load_model(
+            files,
+            files.spec,
+            platform=GPUPlatform(device.runtime.device),
+            dtype=dtype,
+            seed=config.model.seed % 2**63,
+            max_model_len=config.model.max_model_len,
+        )
+        return files.name, model, dtype
+    startup.set_threads(config.model.num_threads)
     precision = startup.choose_precision(config, files=files)
     with startup.kernels_compiled(precision):
         model, _ = startup.load(config, files=files, spec=files.spec, precision=precision)
@@ -57,6 +70,7 @@ class Target:
         label_temperature: float = 1.0,
     ) -> None:
         self.model = model
+        self.device = model.platform.device
         self._temperature = label_temperature
         self.layers = layers
         self._max_tokens = max(_MAX_TOKENS, max_len)
@@ -93,8 +107,10 @@ class Target:
         lengths = [len(ids) for ids, _, _ in group]
         num_tokens = sum(lengths)
         size = self.model.spec.hidden_size
-        taps = Taps(layers=self.layers, out=torch.empty(num_tokens, len(self.layers) * size))
-        token_ids = torch.tensor([i for ids, _, _ in group for i in ids], dtype=torch.int32)
+        out = torch.empty(num_tokens, len(self.layers) * size, device=self.device)
+        taps = Taps(layers=self.layers, out=out)
+        flat = torch.tensor([i for ids, _, _ in group for i in ids], dtype=torch.int32)
+        token_ids = flat.to(self.device)
         attn = self._metadata(lengths)
         hidden = self.model.forward(token_ids, attn, self._caches, taps=taps)
         attn.check()
@@ -106,7 +122,7 @@ class Target:
         ]
         norms = torch.split(self._log_norms(torch.cat(labelled)), [len(rows) for rows in labelled])
         return [
-            States(taps=taps.out[start + first : start + length], hidden=rows, log_norm=norm)
+            States(taps=out[start + first : start + length], hidden=rows.float(), log_norm=norm)
             for start, length, (_, first, _), rows, norm in zip(
                 starts, lengths, group, labelled, norms, strict=True
             )
@@ -123,11 +139,11 @@ class Target:
             first += count
         ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return AttentionMetadata(
-            positions=torch.cat(positions),
-            slots=torch.cat(slots),
-            block_tables=tables,
-            query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends]),
-            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            positions=torch.cat(positions).to(self.device),
+            slots=torch.cat(slots).to(self.device),
+            block_tables=tables.to(self.device),
+            query_start_loc=torch.cat([torch.zeros(1, dtype=torch.int32), ends]).to(self.device),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32).to(self.device),
         )
 
     def _log_norms(self, hidden: Tensor) -> Tensor:
@@ -141,8 +157,10 @@ class Target:
     @torch.no_grad()
     def token_vectors(self) -> Tensor:
         """[V, H] float32: what the model's first layer gets of every token."""
-        ids = torch.arange(self.model.spec.vocab_size, dtype=torch.int32)
-        return torch.cat([self.model.embed(part).clone() for part in torch.split(ids, 4096)])
+        ids = torch.arange(self.model.spec.vocab_size, dtype=torch.int32, device=self.device)
+        return torch.cat(
+            [self.model.embed(part).to(torch.float32, copy=True) for part in torch.split(ids, 4096)]
+        )
 
     @torch.no_grad()
     def output_rows(self, token_ids: Tensor) -> Tensor:
@@ -150,6 +168,7 @@ class Target:
 
         Read as the logits of unit vectors, which every model can give, however it keeps the matrix.
         """
-        unit = torch.eye(self.model.spec.hidden_size)
+        dtype = self.model.embed(torch.zeros(1, dtype=torch.int32, device=self.device)).dtype
+        unit = torch.eye(self.model.spec.hidden_size, dtype=dtype, device=self.device)
         parts = [self.model.compute_logits(part)[:, token_ids] for part in torch.split(unit, 64)]
         return torch.cat(parts).T.contiguous()

@@ -38,19 +38,33 @@ class Vectors:
     tokens: Tensor  # [V, H]
     rows: Tensor  # [Vd, H] of the output matrix
     draft_ids: Tensor  # [Vd] rising
+    metric: Tensor  # [H, H] see `logit_metric`
 
     def to(self, device: torch.device) -> Vectors:
         return Vectors(
             tokens=self.tokens.to(device),
             rows=self.rows.to(device),
             draft_ids=self.draft_ids.to(device),
+            metric=self.metric.to(device),
         )
+
+
+def logit_metric(rows: Tensor, frequency: Tensor) -> Tensor:
+    """[H, H] M such that the square of ``x M`` is the variance of x's logits over the tokens whose
+    output rows [Vd, H] these are: half of it by their frequency [Vd], half of all alike.
+
+    So hidden states are compared by what they do to logits, without making any.
+    """
+    share = (0.5 * frequency / frequency.sum() + 0.5 / len(rows)).double()
+    apart = rows.double() - (share[:, None] * rows.double()).sum(0)
+    values, axes = torch.linalg.eigh((share[:, None] * apart).T @ apart)
+    return (axes * values.clamp(min=0).sqrt()).float()
 
 
 @dataclass(slots=True)
 class _Sums:
-    """Of places since the last line of the log, by depth: [depth, 4] (places, cross-entropy,
-    chance of acceptance, same likeliest token)."""
+    """Of places since the last line of the log, by depth: [depth, 5] (places, distance of hidden
+    states, cross-entropy, chance of acceptance, same likeliest token)."""
 
     by_depth: Tensor
     began: float
@@ -59,26 +73,20 @@ class _Sums:
         total = ranks.summed(self.by_depth.clone()).double()
         count = total[:, 0].clamp(min=1)
         parts = (
-            ("cross-entropy", total[:, 1] / count),
-            ("accepted", total[:, 2] / count),
-            ("same best", total[:, 3] / count),
+            ("distance", total[:, 1] / count),
+            ("cross-entropy", total[:, 2] / count),
+            ("accepted", total[:, 3] / count),
+            ("same best", total[:, 4] / count),
         )
-        told = [f"{name} {' '.join(f'{v:.3f}' for v in values)}" for name, values in parts]
+        told = [f"{name} {' '.join(f'{v:.3f}' for v in values if v)}" for name, values in parts]
         rate = float(total[0, 0]) / max(time.monotonic() - self.began, 1e-9)
         return ", ".join(told) + f", {rate:.0f} places/s"
 
 
-def batch_labels(batch: Batch, picked: Tensor, *, rows: Tensor, temperature: float) -> Labels:
-    """The target's distributions at the picked places ([B, R] bool) of a batch."""
-    return target_labels(
-        batch.hidden[picked], batch.log_norm[picked], rows=rows, temperature=temperature
-    )
-
-
-def _distance(outputs: Tensor, hidden: Tensor) -> Tensor:
+def _distance(outputs: Tensor, hidden: Tensor, *, metric: Tensor) -> Tensor:
     """Sum over places of the squared distance [M, H] relative to the hidden state's square."""
-    scale = hidden.square().sum(-1).clamp(min=1e-12)
-    return ((outputs.float() - hidden).square().sum(-1) / scale).sum()
+    scale = (hidden @ metric).square().sum(-1).clamp(min=1e-12)
+    return (((outputs.float() - hidden) @ metric).square().sum(-1) / scale).sum()
 
 
 class Trainer:
@@ -123,7 +131,7 @@ class Trainer:
         self._sums = self._fresh_sums()
 
     def _fresh_sums(self) -> _Sums:
-        shape = (self._config.unroll_steps, 4)
+        shape = (self._config.unroll_steps, 5)
         return _Sums(torch.zeros(shape, device=self._device), time.monotonic())
 
     # ---- checkpoints -----------------------------------------------------------------------
@@ -217,29 +225,44 @@ class Trainer:
             token_vectors=self.vectors.tokens,
             window=self.head.config.window,
         )
+        done = self.step / self.num_steps
+        has_labels = done >= config.hidden_warmup_ratio
+        depth = config.unroll_steps if done >= config.unroll_warmup_ratio else 1
         picked = batch.is_label
-        labels = batch_labels(batch, picked, rows=rows, temperature=config.label_temperature)
+        labels = self._labels(batch) if has_labels else None
         # The place in [0, R) of every label: depth j has no draft before place j.
         at = picked.nonzero()[:, 1]
         loss = torch.zeros((), device=self._device)
         with torch.autocast(self._device.type, dtype=self._amp, enabled=self._amp is not None):
-            for depth, out in enumerate(
-                unroll(self.head, batch.features, depth=config.unroll_steps)
-            ):
-                there = at >= depth
+            for j, out in enumerate(unroll(self.head, batch.features, depth=depth)):
+                there = at >= j
                 if not there.any():
                     break
-                found, sums = match_loss(
-                    out[picked][there],
-                    labels if depth == 0 else labels.at(there),
-                    rows=rows,
-                    acceptance_weight=config.acceptance_weight,
-                )
-                if config.hidden_weight:
-                    left = 1 - self.step / self.num_steps
-                    apart = _distance(out[picked][there], batch.hidden[picked][there])
-                    found = found + config.hidden_weight * left * apart
-                loss = loss + config.unroll_decay**depth * found
-                self._sums.by_depth[depth, 0] += there.sum()
-                self._sums.by_depth[depth, 1:] += sums
+                part = out[picked][there]
+                apart = _distance(part, batch.hidden[picked][there], metric=self.vectors.metric)
+                weight = config.hidden_weight * (1 - done)
+                found = (weight if has_labels else 1.0) * apart
+                seen = self._sums.by_depth[j]
+                seen[0] += there.sum()
+                seen[1] += apart.detach()
+                if labels is not None:
+                    matched, sums = match_loss(
+                        part,
+                        labels.at(there) if j else labels,
+                        rows=rows,
+                        acceptance_weight=config.acceptance_weight,
+                    )
+                    found = found + matched
+                    seen[2:] += sums
+                loss = loss + config.unroll_decay**j * found
         return loss
+
+    def _labels(self, batch: Batch) -> Labels:
+        """The target's distributions at the labelled places of a batch."""
+        picked = batch.is_label
+        return target_labels(
+            batch.hidden[picked],
+            batch.log_norm[picked],
+            rows=self.vectors.rows,
+            temperature=self._config.label_temperature,
+        )
