@@ -59,19 +59,21 @@ def write_blocks(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
     Lossless where the file's kind is the weight's; a weight of `q8_64` takes every kind of a file.
     Raises ValueError where a row is not whole blocks of a kind it takes, or rows do not fit.
     """
-    takes = FILED if weight.kind == "q8_64" else (weight.kind,)
     blocks, left = divmod(weight.k, FILED_BLOCK)
-    kinds = [kind for kind in takes if rows.shape[1:] == (blocks * FORMATS[kind].file_bytes,)]
-    if left or rows.dtype != torch.uint8 or not kinds:
-        sizes = " or ".join(str(FORMATS[kind].file_bytes) for kind in takes)
+    sizes = {blocks * FORMATS[kind].file_bytes: kind for kind in FILED}
+    source = sizes.get(rows.shape[-1]) if rows.dim() == 2 and not left else None
+    if rows.dtype != torch.uint8 or source is None or weight.kind not in (source, "q8_64"):
+        takes = FILED if weight.kind == "q8_64" else (weight.kind,)
+        most = f"{weight.k / FILED_BLOCK:g}"
         raise ValueError(
-            f"{weight.kind} rows of {weight.k} elements are [n, {weight.k / FILED_BLOCK:g} blocks"
-            f" of {sizes}] uint8, got {rows.dtype} {list(rows.shape)}"
+            f"{weight.kind} rows of {weight.k} elements are [n, {most} blocks of"
+            f" {' or '.join(str(FORMATS[kind].file_bytes) for kind in takes)}] uint8, got"
+            f" {rows.dtype} {list(rows.shape)}"
         )
-    form = FORMATS[kinds[0]]
-    if weight.kind == "q8_64":
-        _requantise(weight, rows, kinds[0], start)
+    if weight.kind != source:
+        _requantise(weight, rows, source, start)
         return
+    form = FORMATS[source]
     pieces = rows.reshape(rows.shape[0], blocks, form.file_bytes)
     head = 2 * (1 + form.has_min)
     codes = pieces[:, :, head:].contiguous().view(torch.int32)
@@ -81,6 +83,7 @@ def write_blocks(weight: BlockWeight, rows: Tensor, *, start: int) -> None:
 
 
 def _requantise(weight: BlockWeight, rows: Tensor, source: Source, start: int) -> None:
+    """Rows of floats or of a file's blocks for a weight of `q8_64`."""
     _require_fit(weight, rows.shape[0], start)
     kept = rows.contiguous()
     # As one part: whoever loads a model does so in threads of its own.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from llvmlite import ir
 from numba.core import types
@@ -68,7 +68,8 @@ FORMATS: dict[Kind, BlockFormat] = {
     "q8_64": BlockFormat(bits=8, zero=128, block=64),
 }
 # What GGUF files have too, in blocks of that many elements.
-FILED: tuple[Kind, ...] = ("q4_0", "q4_1", "q8_0")
+FiledKind = Literal["q4_0", "q4_1", "q8_0"]
+FILED: tuple[FiledKind, ...] = get_args(FiledKind)
 FILED_BLOCK = 32
 
 # Of the largest tile, which has an integer and a float sum for each row and spills nothing: 12

@@ -101,7 +101,8 @@ def block_quantiser(block: int) -> Any:
     """
 
     def quantise(b: Any, a: Any) -> Any:
-        at, stride, record, zero = *a[:3], b.trunc(a[3], I32)
+        at, stride, record = a[:3]
+        zero = b.trunc(a[3], I32)
         places = [b.add(at, b.mul(stride, I64(i))) for i in range(block // LANES)]
         values = [b.load(pointer(b, place, VF32), align=4) for place in places]
         sizes = [b.and_(b.bitcast(v, VI32), _splat_int(0x7FFFFFFF)) for v in values]

@@ -110,8 +110,8 @@ def requantise_kernel(source: Source) -> Kernel:
     Elements past k count as zero. Different rows may be written at once.
     """
     is_float = source == "float32"
-    form = FORMATS["q8_0" if is_float else source]
-    spread = _spread("q8_0" if is_float else source)
+    kind: Kind = "q8_0" if source == "float32" else source
+    form, spread = FORMATS[kind], _spread(kind)
     file_bytes, has_min, filed = form.file_bytes, form.has_min, form.block
     head, block, piece_bytes = 2 * (1 + has_min), _FORM.block, _FORM.panel_bytes
     code_bytes, scratch = _FORM.code_bytes, stack_bytes(4 * block)
