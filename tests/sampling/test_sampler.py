@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.sampling import LogitParamsTable, Sampler, SamplingBatch, score_rows
+from octavo.sampling import LogitParamsTable, Sampler, SamplingBatch, SamplingColumns, score_rows
 from octavo.sampling.logprobs import ROW_GROUP, score_hidden
 from octavo.types import SamplingParams
 
@@ -39,16 +39,20 @@ class Rows:
         params = [self.requests[row][2] for row in rows]
         active = self.table.is_active[slots]
 
+        every = [request[2] for request in self.requests]
+
         def column(name: str, kind: Any) -> Any:
-            return np.array([getattr(p, name) for p in params], kind)
+            return np.array([getattr(p, name) for p in every], kind)
 
         return SamplingBatch(
             slots=slots,
-            temperature=column("temperature", np.float32),
-            top_k=column("top_k", np.int32),
-            top_p=column("top_p", np.float32),
-            min_p=column("min_p", np.float32),
-            seeds=column("seed", np.int64),
+            columns=SamplingColumns(
+                temperature=column("temperature", np.float32),
+                top_k=column("top_k", np.int32),
+                top_p=column("top_p", np.float32),
+                min_p=column("min_p", np.float32),
+                seeds=column("seed", np.int64),
+            ),
             positions=self.num_tokens[slots].astype(np.int64),
             has_params=active,
             params=self.table.packed() if active.any() else None,

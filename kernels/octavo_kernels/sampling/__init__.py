@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ __all__ = [
     "NON_FINITE",
     "OK",
     "LogitParams",
+    "SamplingColumns",
     "TopLogprobs",
     "Workspace",
     "apply_logit_params",
@@ -43,6 +45,7 @@ __all__ = [
     "philox_reference",
     "sample",
     "sample_reference",
+    "sample_slots",
     "topn_logprobs",
     "topn_logprobs_reference",
     "warm",
@@ -97,6 +100,30 @@ class LogitParams:
     bad_ids: Tensor
     stop_starts: Tensor
     stop_ids: Tensor
+
+
+class SamplingColumns:
+    """`sample`'s parameters of N slots, in arrays that their owner may write to at any time."""
+
+    __slots__ = ("_arrays", "addresses", "num_slots")
+
+    def __init__(
+        self,
+        *,
+        temperature: npt.NDArray[np.float32],
+        top_k: npt.NDArray[np.int32],
+        top_p: npt.NDArray[np.float32],
+        min_p: npt.NDArray[np.float32],
+        seeds: npt.NDArray[np.int64],
+    ) -> None:
+        arrays = (temperature, top_k, top_p, min_p, seeds)
+        dtypes = (np.float32, np.int32, np.float32, np.float32, np.int64)
+        for array, dtype in zip(arrays, dtypes, strict=True):
+            assert array.dtype == dtype and array.shape == (len(seeds),)
+            assert array.flags.c_contiguous
+        self.num_slots = len(seeds)
+        self.addresses = tuple(array.ctypes.data for array in arrays)
+        self._arrays = arrays  # which own the memory behind the addresses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +202,8 @@ def sample(
         logits.data_ptr(),
         num_rows,
         vocab_size,
+        0,
+        num_rows,
         temperature.data_ptr(),
         top_k.data_ptr(),
         top_p.data_ptr(),
@@ -183,6 +212,41 @@ def sample(
         positions.data_ptr(),
         tokens.data_ptr(),
         status.data_ptr(),
+        (workspace.scratch.data_ptr() + 63) // 64 * 64,
+        cpu.workspace_bytes(vocab_size),
+    )
+    return tokens, status
+
+
+def sample_slots(
+    logits: Tensor,
+    *,
+    columns: SamplingColumns,
+    slots: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.int64],
+    workspace: Workspace,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """`sample` on a CPU for rows whose parameters lie at ``slots`` [S] of the columns [N].
+
+    For a worker's every step: nothing is gathered, and the columns were checked when they were
+    made. Slots are not checked.
+    """
+    _check_logits("sample_slots", logits)
+    num_rows, vocab_size = logits.shape
+    assert workspace.vocab_size == vocab_size and len(slots) == len(positions) == num_rows
+    assert slots.dtype == np.int32 and positions.dtype == np.int64
+    tokens, status = np.empty(num_rows, np.int64), np.empty(num_rows, np.int32)
+    cpu.sample_rows(
+        min(num_rows, workspace.num_parts),
+        logits.data_ptr(),
+        num_rows,
+        vocab_size,
+        slots.ctypes.data,
+        columns.num_slots,
+        *columns.addresses,
+        positions.ctypes.data,
+        tokens.ctypes.data,
+        status.ctypes.data,
         (workspace.scratch.data_ptr() + 63) // 64 * 64,
         cpu.workspace_bytes(vocab_size),
     )

@@ -30,6 +30,7 @@ from octavo_kernels.sampling.scalars import (
     order_key,
     philox,
 )
+from octavo_kernels.simd import get_i32
 
 OK, NON_FINITE, ALL_FORBIDDEN = 0, 1, 2
 TILE = 256  # tokens of a tile: its peak lets a search skip it
@@ -284,11 +285,13 @@ def sample_rows(
     logits_at,  # [S, V] float32
     num_rows,
     vocab_size,
-    temperature_at,  # [S] float32
-    top_k_at,  # [S] int32
-    top_p_at,  # [S] float32
-    min_p_at,  # [S] float32
-    seeds_at,  # [S] int64: 64 bits
+    slots_at,  # [S] int32: a row's place in the next five, or 0: they are [S], each row its own
+    num_slots,
+    temperature_at,  # [N] float32
+    top_k_at,  # [N] int32
+    top_p_at,  # [N] float32
+    min_p_at,  # [N] float32
+    seeds_at,  # [N] int64: 64 bits
     positions_at,  # [S] int64
     tokens_at,  # [S] int64, out
     status_at,  # [S] int32, out
@@ -296,23 +299,24 @@ def sample_rows(
     workspace_stride,
 ):
     logits = carray(address_of(float32, logits_at), (num_rows, vocab_size))
-    temperature = carray(address_of(float32, temperature_at), (num_rows,))
-    top_k = carray(address_of(int32, top_k_at), (num_rows,))
-    top_p = carray(address_of(float32, top_p_at), (num_rows,))
-    min_p = carray(address_of(float32, min_p_at), (num_rows,))
-    seeds = carray(address_of(int64, seeds_at), (num_rows,))
+    temperature = carray(address_of(float32, temperature_at), (num_slots,))
+    top_k = carray(address_of(int32, top_k_at), (num_slots,))
+    top_p = carray(address_of(float32, top_p_at), (num_slots,))
+    min_p = carray(address_of(float32, min_p_at), (num_slots,))
+    seeds = carray(address_of(int64, seeds_at), (num_slots,))
     positions = carray(address_of(int64, positions_at), (num_rows,))
     tokens = carray(address_of(int64, tokens_at), (num_rows,))
     status = carray(address_of(int32, status_at), (num_rows,))
     work = workspace_at + part * workspace_stride
     for row in range(part, num_rows, num_parts):
+        slot = row if slots_at == 0 else get_i32(slots_at + 4 * row)
         tokens[row], status[row] = _sample_row(
             logits[row],
-            temperature[row],
-            top_k[row],
-            top_p[row],
-            min_p[row],
-            seeds[row],
+            temperature[slot],
+            top_k[slot],
+            top_p[slot],
+            min_p[slot],
+            seeds[slot],
             positions[row],
             work,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.sampling.logprobs import score_rows
 from octavo.types import TokenLogprobs
 from octavo_kernels import sampling as ops
-from octavo_kernels.sampling import LogitParams, Workspace
+from octavo_kernels.sampling import LogitParams, SamplingColumns, Workspace
 
 NON_FINITE_MESSAGE = "the model produced non-finite logits"
 STATUS_MESSAGES = {
@@ -30,11 +30,7 @@ class SamplingBatch:
     """Parameters of S rows; row s belongs to row ``slots[s]`` of the request table."""
 
     slots: npt.NDArray[np.int32]
-    temperature: npt.NDArray[np.float32]
-    top_k: npt.NDArray[np.int32]
-    top_p: npt.NDArray[np.float32]
-    min_p: npt.NDArray[np.float32]
-    seeds: npt.NDArray[np.int64]  # 64 bits each
+    columns: SamplingColumns  # of all slots
     positions: npt.NDArray[np.int64]  # index of the token to draw in its request
     has_params: npt.NDArray[np.bool_]  # rows that `params` changes
     params: LogitParams | None = None  # None: no row has any
@@ -80,20 +76,15 @@ class Sampler:
             )
         elif 0 < len(asking) < len(logits):
             raw = logits[asking]
-        tokens, status = ops.sample(
+        tokens, status = ops.sample_slots(
             logits,
-            temperature=torch.from_numpy(batch.temperature),
-            top_k=torch.from_numpy(batch.top_k),
-            top_p=torch.from_numpy(batch.top_p),
-            min_p=torch.from_numpy(batch.min_p),
-            seeds=torch.from_numpy(batch.seeds),
-            positions=torch.from_numpy(batch.positions),
+            columns=batch.columns,
+            slots=batch.slots,
+            positions=batch.positions,
             workspace=self._workspace,
         )
-        token_ids = tokens.tolist()
-        errors = {
-            row: STATUS_MESSAGES[code] for row, code in enumerate(status.tolist()) if code != ops.OK
-        }
+        token_ids: list[int] = tokens.tolist()
+        errors = {row: STATUS_MESSAGES[status[row]] for row in np.flatnonzero(status).tolist()}
         logprobs: dict[int, TokenLogprobs] = {}
         if asking:
             scores = score_rows(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from octavo.sampling import LogitParamsTable
+from octavo.sampling import LogitParamsTable, SamplingColumns
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 
 
@@ -37,6 +37,13 @@ class RequestTable:
         self.top_p = np.ones(max_num_seqs, np.float32)
         self.min_p = np.zeros(max_num_seqs, np.float32)
         self.seeds = np.zeros(max_num_seqs, np.int64)
+        self.sampling_columns = SamplingColumns(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seeds=self.seeds,
+        )
         self.wants_logprobs = np.zeros(max_num_seqs, np.bool_)
         self.wants_prompt_logprobs = np.zeros(max_num_seqs, np.bool_)
         self.logit_params = LogitParamsTable(

@@ -23,11 +23,7 @@ def sampling_batch(
     asks = has_logprobs and bool(table.wants_logprobs[rows].any())
     return SamplingBatch(
         slots=rows.astype(np.int32),
-        temperature=table.temperature[rows],
-        top_k=table.top_k[rows],
-        top_p=table.top_p[rows],
-        min_p=table.min_p[rows],
-        seeds=table.seeds[rows],
+        columns=table.sampling_columns,
         positions=(table.num_tokens[rows] + depths).astype(np.int64),
         has_params=has_params,
         params=table.logit_params.packed() if has_params.any() else None,

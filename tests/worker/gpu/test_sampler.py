@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from octavo.models.base import Model
-from octavo.sampling import LogitParamsTable, Sampled, Sampler, SamplingBatch
+from octavo.sampling import LogitParamsTable, Sampled, Sampler, SamplingBatch, SamplingColumns
 from octavo.types import SamplingParams, TokenLogprobs
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers, StepSizes
@@ -156,16 +156,21 @@ class Rig:
         params = [self.params[row] for row in rows]
         active = self.table.is_active[slots]
 
+        slots_held = range(len(self.num_tokens))
+        every = [self.params.get(slot, SamplingParams()) for slot in slots_held]
+
         def column(name: str, kind: Any) -> Any:
-            return np.array([getattr(p, name) for p in params], kind)
+            return np.array([getattr(p, name) for p in every], kind)
 
         batch = SamplingBatch(
             slots=slots,
-            temperature=column("temperature", np.float32),
-            top_k=column("top_k", np.int32),
-            top_p=column("top_p", np.float32),
-            min_p=column("min_p", np.float32),
-            seeds=np.array([(p.seed + 2**63) % 2**64 - 2**63 for p in params], np.int64),
+            columns=SamplingColumns(
+                temperature=column("temperature", np.float32),
+                top_k=column("top_k", np.int32),
+                top_p=column("top_p", np.float32),
+                min_p=column("min_p", np.float32),
+                seeds=np.array([(p.seed + 2**63) % 2**64 - 2**63 for p in every], np.int64),
+            ),
             positions=self.num_tokens[slots].astype(np.int64),
             has_params=active,
             params=self.table.packed() if active.any() else None,
