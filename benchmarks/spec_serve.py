@@ -50,6 +50,7 @@ _COUNTERS = {
     "draft_tokens": "vllm:spec_decode_num_draft_tokens_total",
     "accepted_tokens": "vllm:spec_decode_num_accepted_tokens_total",
 }
+_GAIN = "octavo:spec_decode_gain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +96,20 @@ async def load(turn: Turn, url: str) -> tuple[list[Result], float]:
 
 def counters(base_url: str) -> dict[str, float]:
     """The counts of drafts that a server tells, ours or vLLM."""
+    lines = metrics(base_url)
+    return {key: value_of(lines, name) for key, name in _COUNTERS.items()}
+
+
+def metrics(base_url: str) -> list[str]:
     with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    found = dict.fromkeys(_COUNTERS, 0.0)
-    for line in lines:
-        for key, name in _COUNTERS.items():
-            if line.startswith((f"{name} ", f"{name}{{")):
-                found[key] += float(line.rpartition(" ")[2])
-    return found
+        lines: list[str] = answer.read().decode().splitlines()
+    return lines
+
+
+def value_of(lines: Sequence[str], name: str) -> float:
+    """Of a series, the sum over its labels; 0 where there is none."""
+    named = (line for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+    return sum(float(line.rpartition(" ")[2]) for line in named)
 
 
 def measure(server: Server, turn: Turn) -> Row:
@@ -130,6 +137,7 @@ def measure(server: Server, turn: Turn) -> Row:
         "tpot_p50": round(statistics.median(tpots), 5) if tpots else None,
         **counted,
         "mean_accepted_length": round(1 + counted["accepted_tokens"] / drafts, 3) if drafts else 0,
+        "gain": round(value_of(metrics(server.base_url), _GAIN), 4),  # as the server sees it
         "texts": hashlib.sha256(texts.encode()).hexdigest()[:16],
     }
 
