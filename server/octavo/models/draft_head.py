@@ -49,7 +49,6 @@ class DraftHead:
         self.spec, self.platform = spec, platform
         self.max_len = max_model_len  # places of a sequence
         layer, size = spec.layer, spec.layer.hidden_size
-        cos, sin = rotary_tables(layer.rope, max_positions=max_model_len)
 
         def norm() -> RMSNorm:
             return RMSNorm(size, eps=layer.rms_norm_eps, platform=platform, dtype=dtype)
@@ -65,26 +64,7 @@ class DraftHead:
         self._token_norm, self._feature_norm, self._mlp_norm, self._norm = (
             norm() for _ in range(4)
         )
-        self._attention = SelfAttention(
-            size,
-            prefix=f"{LAYER}self_attn.",
-            layer=AttentionLayer(
-                num_heads=layer.num_heads,
-                num_kv_heads=layer.num_kv_heads,
-                head_dim=layer.head_dim,
-                scale=layer.head_dim**-0.5,
-                sliding_window=spec.window,
-                cos=cos.to(platform.device),
-                sin=sin.to(platform.device),
-                eps=layer.rms_norm_eps,
-            ),
-            qk_norm=False,
-            qkv_bias=layer.qkv_bias,
-            output_bias=layer.output_bias,
-            platform=platform,
-            dtype=dtype,
-            input_size=2 * size,
-        )
+        self._attention = _attention(spec, platform, dtype=dtype, max_len=max_model_len)
         self._mlp = GatedMLP(
             size,
             prefix=f"{LAYER}mlp.",
@@ -146,6 +126,33 @@ class DraftHead:
             slots |= norm.slots(name)
         slots |= self._head.slots()
         return slots if self._own_vectors is None else {**slots, **self._own_vectors.slots()}
+
+
+def _attention(
+    spec: DraftHeadSpec, platform: Platform, *, dtype: torch.dtype, max_len: int
+) -> SelfAttention:
+    layer = spec.layer
+    cos, sin = rotary_tables(layer.rope, max_positions=max_len)
+    return SelfAttention(
+        layer.hidden_size,
+        prefix=f"{LAYER}self_attn.",
+        layer=AttentionLayer(
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            scale=layer.head_dim**-0.5,
+            sliding_window=spec.window,
+            cos=cos.to(platform.device),
+            sin=sin.to(platform.device),
+            eps=layer.rms_norm_eps,
+        ),
+        qk_norm=False,
+        qkv_bias=layer.qkv_bias,
+        output_bias=layer.output_bias,
+        platform=platform,
+        dtype=dtype,
+        input_size=2 * layer.hidden_size,
+    )
 
 
 class TapPass:

@@ -93,6 +93,11 @@ class ModelRunner:
         self._forward = ForwardReplays(used, kv_caches=kv.layers, buffers=self._buffers).forward
 
     @torch.inference_mode()
+    def warm_drafting(self) -> None:
+        """To be called before the first step."""
+        self._watcher.warm()
+
+    @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelOutput:
         """Computes one step. A request that failed alone is in the result's ``errors``; it stays
         failed until the scheduler finishes it."""

@@ -192,6 +192,7 @@ def warm(
     block_copy.warm()
     for kind in block_kinds:
         blocks.warm(kind)
+    runner.warm_drafting()
     room = min(plan.max_model_len, plan.num_blocks * block_size) - 1
     for step, length in enumerate(_WARM_TOKENS):
         if length > room:

@@ -18,11 +18,18 @@ class StepWatcher(Protocol):
     def see(self, batch: InputBatch) -> None:
         """A batch was computed, and the table knows what of it was accepted. Must not raise."""
 
+    def warm(self) -> None:
+        """Runs what it will run, so that nothing is run for the first time for a request. Writes
+        into the first block, which counts as never written afterwards."""
+
 
 class NoWatcher:
     """`StepWatcher` that does not look."""
 
     def see(self, batch: InputBatch) -> None:
+        pass
+
+    def warm(self) -> None:
         pass
 
 
@@ -38,7 +45,7 @@ class Job:
     probs: list[float] = field(default_factory=list)
 
 
-class Guesser(Protocol):
+class Guesser(StepWatcher, Protocol):
     """A model with K/V of its own under the target's block ids. It catches up with what requests
     have become when it is asked to, and then goes on by its own guesses."""
 

@@ -13,6 +13,7 @@ from octavo.models import Model
 from octavo.types import SchedulerOutput
 from octavo.worker.drafting.base import Job
 from octavo.worker.drafting.places import MAX_JOBS, Ints, Places
+from octavo.worker.input_batch import InputBatch
 from octavo.worker.replays import ForwardReplays
 from octavo.worker.request_table import RequestTable
 
@@ -48,6 +49,13 @@ class DraftModelGuesser:
             self._readings.pop(request_id, None)
         for request in step.new_requests:
             self._readings[request.request_id] = _Reading()
+
+    def see(self, batch: InputBatch) -> None:
+        pass  # the table tells all that it needs
+
+    def warm(self) -> None:
+        for token_ids, attn, has_logits in self._places.usual():
+            self._replays.run(token_ids, attn, has_logits=has_logits)
 
     def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Tensor | None]:
         self.num_read = 0

@@ -17,7 +17,7 @@ from octavo.models import Taps
 from octavo.models.draft_head import DraftHead, OwnPass, TapPass
 from octavo.types import SchedulerOutput
 from octavo.worker.drafting.base import Job
-from octavo.worker.drafting.places import MAX_JOBS, Places
+from octavo.worker.drafting.places import MAX_JOBS, USUAL, Places
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.replays import ForwardReplays
 from octavo.worker.request_table import RequestTable
@@ -102,6 +102,14 @@ class HeadGuesser:
         ):
             if end > first:
                 self._keep(request_id, first, self._taps.out[at : at + end - first])
+
+    def warm(self) -> None:
+        self._waiting[: max(USUAL)] = 0.0
+        self._features[:] = 0.0
+        for token_ids, attn, has_logits in self._places.usual():
+            self._reads.run(token_ids, attn, has_logits=has_logits)
+            if has_logits:
+                self._guesses.run(token_ids, attn, has_logits=True)
 
     def _keep(self, request_id: str, place: int, taps: Tensor) -> None:
         reading = self._readings.get(request_id)

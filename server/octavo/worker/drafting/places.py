@@ -6,7 +6,7 @@ block than the request: then positions and lengths count from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from octavo.worker.input_batch import StepBuffers
 from octavo.worker.request_table import RequestTable
 
 MAX_JOBS = 16  # requests in a pass
+# Numbers of tokens that passes will often have: of one request, and of as many.
+USUAL = range(1, 9)
 Ints = npt.NDArray[np.int32]
 
 
@@ -57,3 +59,18 @@ class Places:
         buffers.num_requests[0] = len(rows)
         assert at <= self.max_num_tokens
         return buffers.of_batch(num_tokens=at, num_requests=len(rows))
+
+    def usual(self) -> Iterator[tuple[Tensor, AttentionMetadata, bool]]:
+        """Passes of the usual numbers of tokens over the first block, each as often as it takes
+        to have it recorded; whether they have logits."""
+        for size in USUAL:
+            for counts in dict.fromkeys(((1,) * size, (size,))):
+                for _ in range(2):
+                    token_ids, attn = self.write(
+                        [0] * len(counts),
+                        firsts=[0] * len(counts),
+                        counts=counts,
+                        token_ids=[[0] * count for count in counts],
+                        origins=[0] * len(counts),
+                    )
+                    yield token_ids, attn, len(counts) == size

@@ -28,7 +28,7 @@ from octavo.models.draft_head_weights import load_draft_head
 from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.quantization import Quantization, choose
 from octavo.speculative import MAX_REQUESTS
-from octavo.worker.drafting.base import NoWatcher, StepWatcher
+from octavo.worker.drafting.base import StepWatcher
 from octavo.worker.drafting.batches import ModelProposer
 from octavo.worker.drafting.draft_model import DraftModelGuesser
 from octavo.worker.drafting.drawer import Drawer
@@ -97,7 +97,7 @@ class LoadedDraftModel:
         guesser = DraftModelGuesser(self.model, table=table, kv_caches=kv_caches)
         drawer = Drawer(table, vocab_size=self.model.spec.vocab_size)
         proposer = ModelProposer(guesser, table=table, drawer=drawer)
-        return Drafting(proposer=proposer, watcher=NoWatcher(), taps=None)
+        return Drafting(proposer=proposer, watcher=guesser, taps=None)
 
 
 def load_drafting(

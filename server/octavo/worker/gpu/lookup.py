@@ -23,6 +23,8 @@ def speculation_of(config: SchedulerConfig) -> SpeculativeConfig:
             f"speculative_config on a GPU must have a method of {', '.join(METHODS)} so far, "
             f"got {text}"
         )
+    if found.model is not None:
+        raise ValueError(f"speculative_config on a GPU can have no model so far, got {text}")
     return found
 
 
