@@ -175,6 +175,27 @@ def test_bad_input(
     assert message in capsys.readouterr().err
 
 
+def test_begins_with_another_head(
+    target_folder: Path, generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--generated", str(generated), "--max-steps", "120"]
+    distil(target_folder, tmp_path / "a", *flags)
+    more = ["--generated", str(generated), "--max-steps", "1", "--init-from-head"]
+    distil(target_folder, tmp_path / "b", *more, str(tmp_path / "a"))
+    begun, ended = measured(tmp_path / "b")[0]["held out"], measured(tmp_path / "a")[-1]["held out"]
+    assert abs(begun["tokens_per_step"] - ended["tokens_per_step"]) < 0.1  # it was stored in fp16
+    words = [
+        str(target_folder),
+        "--output",
+        str(tmp_path / "c"),
+        *FLAGS,
+        *more,
+        str(tmp_path / "a"),
+    ]
+    assert main(["distill", *words, "--window", "32"]) == 2
+    assert "--init-from-head: its window is 16, that asked for is 32" in capsys.readouterr().err
+
+
 def test_another_runs_checkpoint(target_folder: Path, generated: Path, tmp_path: Path) -> None:
     flags = ["--generated", str(generated), "--max-steps", "1"]
     distil(target_folder, tmp_path, *flags)

@@ -7,7 +7,7 @@ text, and are exactly those that serving would draft. Knows no engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,36 +72,44 @@ def measure(
     """Acceptance of chains of ``depth`` drafts over the answers of all samples."""
     was_training = head.training
     head.eval()
-    accepted = [0] * depth
-    reached = [0] * depth
-    num_steps = num_tokens = 0
+    steps: list[int] = []
+    rooms: list[int] = []
     for start in range(0, len(samples), _TOGETHER):
         numbers = range(start, min(start + _TOGETHER, len(samples)))
         part = samples[start : start + _TOGETHER]
         hits = _hits(head, vectors, part, source.states(numbers), depth=depth)
         for sample, right in zip(part, hits.tolist(), strict=True):
-            # Place r drafts what follows answer token r; the last one has no follower.
-            place, end = 0, len(sample.token_ids) - 1
-            while place < end:
-                room = min(depth, end - place)
-                count = 0
-                while count < room and right[count][place + count]:
-                    count += 1
-                for j in range(room):
-                    reached[j] += j <= count
-                    accepted[j] += j < count
-                num_steps += 1
-                num_tokens += min(count + 1, end - place)
-                place += count + 1
+            for count, room in walk(right, num_tokens=len(sample.token_ids)):
+                steps.append(count)
+                rooms.append(room)
     head.train(was_training)
     return Acceptance(
         depth=depth,
         num_texts=len(samples),
-        num_steps=num_steps,
-        num_tokens=num_tokens,
-        reached=tuple(reached),
-        accepted=tuple(accepted),
+        num_steps=len(steps),
+        num_tokens=sum(min(count + 1, room) for count, room in zip(steps, rooms, strict=True)),
+        reached=tuple(
+            sum(j <= count and j < room for count, room in zip(steps, rooms, strict=True))
+            for j in range(depth)
+        ),
+        accepted=tuple(sum(j < count for count in steps) for j in range(depth)),
     )
+
+
+def walk(right: Sequence[Sequence[bool]], *, num_tokens: int) -> Iterator[tuple[int, int]]:
+    """Of each step of the target over an answer: drafts accepted, and tokens that were left.
+
+    ``right[j][r]``: whether depth j, at place r, guesses what follows answer token r. A step at
+    place r drafts at r, r + 1, ...; it yields the accepted tokens and one of the target's own.
+    """
+    place, end = 0, num_tokens - 1
+    while place < end:
+        room = end - place
+        count = 0
+        while count < min(len(right), room) and right[count][place + count]:
+            count += 1
+        yield count, room
+        place += count + 1
 
 
 def _hits(
