@@ -58,7 +58,8 @@ def logit_metric(rows: Tensor, frequency: Tensor) -> Tensor:
     share = (0.5 * frequency / frequency.sum() + 0.5 / len(rows)).double()
     apart = rows.double() - (share[:, None] * rows.double()).sum(0)
     values, axes = torch.linalg.eigh((share[:, None] * apart).T @ apart)
-    return (axes * values.clamp(min=0).sqrt()).float()
+    metric: Tensor = (axes * values.clamp(min=0).sqrt()).float()
+    return metric
 
 
 @dataclass(slots=True)
@@ -78,7 +79,12 @@ class _Sums:
             ("accepted", total[:, 3] / count),
             ("same best", total[:, 4] / count),
         )
-        told = [f"{name} {' '.join(f'{v:.3f}' for v in values if v)}" for name, values in parts]
+        # A depth that no step has come to yet has nothing to tell.
+        told = [
+            f"{name} {' '.join(f'{v:.3f}' for v in values[values != 0].tolist())}"
+            for name, values in parts
+            if values.any()
+        ]
         rate = float(total[0, 0]) / max(time.monotonic() - self.began, 1e-9)
         return ", ".join(told) + f", {rate:.0f} places/s"
 
