@@ -18,7 +18,7 @@ from octavo.platforms.gpu import GPUPlatform
 from octavo.worker.gpu import sampler, scores
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers, StepSizes
-from octavo.worker.gpu.draft_planner import NO_DRAFTS, DraftPlanner
+from octavo.worker.gpu.draft_planner import DraftPlanner, Speculation
 from octavo.worker.gpu.graphs import GraphSizes, StepGraphs
 from octavo.worker.gpu.lookup import PromptLookup
 from octavo.worker.gpu.runner import GpuRunner
@@ -104,7 +104,7 @@ def make_engine(gpu_model: Model) -> Callable[..., Engine]:
         runtime: Runtime | None = None,
         graph_sizes: GraphSizes | None = None,
         num_words: int | None = None,
-        planner: DraftPlanner = NO_DRAFTS,
+        planner: DraftPlanner | None = None,
         **changed: int,
     ) -> Engine:
         model = using or gpu_model
@@ -122,6 +122,7 @@ def make_engine(gpu_model: Model) -> Callable[..., Engine]:
         for layer in kv.layers:
             layer.k.fill_(float("nan"))
             layer.v.fill_(float("nan"))
+        lookup = PromptLookup(arena, min_length=2, max_length=5)
         runner = GpuRunner(
             model,
             runtime=runtime,
@@ -133,8 +134,7 @@ def make_engine(gpu_model: Model) -> Callable[..., Engine]:
             scorer=PromptScorer(arena.view("token_ids"), logits=buffers.logits, runtime=runtime),
             kv=kv,
             graphs=graphs,
-            lookup=PromptLookup(arena, min_length=2, max_length=5) if sizes.max_drafts else None,
-            planner=planner,
+            speculation=planner and Speculation(lookup, planner),
         )
         return Engine(
             runner=runner, buffers=buffers, arena=arena, table=table, graphs=graphs, kv=kv

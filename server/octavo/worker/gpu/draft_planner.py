@@ -19,6 +19,7 @@ from octavo.speculative.regime import Regime
 from octavo.speculative.sources import DraftCounts
 from octavo.types import SchedulerOutput, WorkerStats
 from octavo.worker.gpu.chances import Chances
+from octavo.worker.gpu.lookup import PromptLookup
 
 _NOTHING: Mapping[str, int] = {}
 # A step has drafts if they raise its tokens a second by so much, by what is expected.
@@ -73,20 +74,12 @@ class DraftPlanner(Protocol):
         """With what was counted of drafts since the last call."""
 
 
-class _NoDrafts:
-    num_wanted = 0
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Who makes drafts, on the device, and who decides how many."""
 
-    def choose(self, step: SchedulerOutput) -> Mapping[str, int]:
-        return _NOTHING
-
-    def learn(self, outcome: Outcome) -> None:
-        return
-
-    def add_stats(self, stats: WorkerStats) -> WorkerStats:
-        return stats
-
-
-NO_DRAFTS: DraftPlanner = _NoDrafts()
+    lookup: PromptLookup
+    planner: DraftPlanner
 
 
 class _Counting:

@@ -20,9 +20,8 @@ from octavo.sampling.sampler import NON_FINITE_MESSAGE
 from octavo.types import BlockCopy, ModelOutput, SchedulerOutput, TokenLogprobs
 from octavo.worker.gpu.arena import RequestArena
 from octavo.worker.gpu.buffers import StepBuffers
-from octavo.worker.gpu.draft_planner import NO_DRAFTS, DraftPlanner, Outcome
+from octavo.worker.gpu.draft_planner import Outcome, Speculation
 from octavo.worker.gpu.graphs import ForwardKey, GraphKey, StepGraphs
-from octavo.worker.gpu.lookup import PromptLookup
 from octavo.worker.gpu.prefix_sharing import PrefixSharing
 from octavo.worker.gpu.runtime import Event, Runtime
 from octavo.worker.gpu.sampler import GpuSampler, PendingSamples, StagedSamples
@@ -32,6 +31,8 @@ from octavo.worker.gpu.upload import Upload
 from octavo.worker.kv_tensors import KVTensors
 from octavo.worker.kv_transfer import NO_TRANSFER, KVTransfer, Loads
 from octavo_kernels.step_inputs.gpu import build_step_inputs
+
+_NONE: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,7 @@ class GpuRunner:
         graphs: StepGraphs,
         transfer: KVTransfer = NO_TRANSFER,
         prefixes: PrefixSharing | None = None,
-        lookup: PromptLookup | None = None,
-        planner: DraftPlanner = NO_DRAFTS,
+        speculation: Speculation | None = None,
         seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
@@ -107,8 +107,7 @@ class GpuRunner:
         self._kv = kv
         self._transfer = transfer
         self._prefixes = prefixes
-        self._lookup = lookup
-        self._planner = planner
+        self._speculation = speculation
         self._seconds = seconds
         self._finished = 0.0  # when the last step was
         self._graphs = graphs
@@ -125,7 +124,8 @@ class GpuRunner:
         try:
             self._table.apply(step, self._upload)
             copies = self._stage_copies(step.block_copies)
-            batch = self._table.batch(step, self._planner.choose(step))
+            planner = self._speculation.planner if self._speculation is not None else None
+            batch = self._table.batch(step, {} if planner is None else planner.choose(step))
             assert batch.num_tokens <= self._buffers.sizes.max_num_tokens, "more than a step holds"
             prefixes = self._prefixes
             shares_prefixes = prefixes is not None and prefixes.stage(batch, self._upload)
@@ -150,7 +150,7 @@ class GpuRunner:
             loads=loads,
             samples=samples,
             prompt_scores=prompt_scores,
-            launched=self._seconds(),
+            launched=0.0 if planner is None else self._seconds(),
             is_typical=is_typical,
         )
         self._inflight.append(flight)
@@ -159,7 +159,7 @@ class GpuRunner:
     def _fill(self, batch: StepBatch) -> None:
         """Stages the batch: what hangs on drafts in flight as `BatchWords` says."""
         seq_lens, positions = batch.seq_lens, batch.sample_positions
-        if self._lookup is not None:
+        if self._speculation is not None:
             seq_lens = seq_lens.copy()
             seq_lens[batch.samples] = -1 if batch.drafts is None else ~batch.drafts
             positions = np.full_like(positions, -1) if batch.depths is None else ~batch.depths
@@ -208,10 +208,11 @@ class GpuRunner:
             assert self._prefixes is not None
             attn = replace(attn, prefixes=self._prefixes.views(num_requests))
         token_ids, out = buffers.token_ids[:num_tokens], buffers.hidden[:num_tokens]
+        lookup = self._speculation.lookup if self._speculation is not None else None
 
         def work() -> None:
-            if self._lookup is not None:
-                self._lookup.launch(buffers, num_requests=num_requests, num_tokens=num_tokens)
+            if lookup is not None:
+                lookup.launch(buffers, num_requests=num_requests, num_tokens=num_tokens)
             build_step_inputs(
                 buffers.batch.rows[:num_requests],
                 attn.query_start_loc,
@@ -311,8 +312,12 @@ class GpuRunner:
             tokens.pop(request_id, None)
             logprobs.pop(request_id, None)
             prompt_logprobs.pop(request_id, None)
-        outcome = self._outcome(flight, drawn)
-        self._planner.learn(outcome)
+        stats, num_verified, num_wanted = self._graphs.take_stats(), _NONE, 0
+        if self._speculation is not None:
+            planner, outcome = self._speculation.planner, self._outcome(flight, drawn)
+            planner.learn(outcome)
+            stats, num_wanted = planner.add_stats(stats), planner.num_wanted
+            num_verified = outcome.num_verified
         return ModelOutput(
             step=flight.step,
             sampled_token_ids=tokens,
@@ -320,9 +325,9 @@ class GpuRunner:
             prompt_logprobs=prompt_logprobs,
             errors=failed,
             damaged_blocks=flight.loads.damaged(),
-            num_draft_tokens=outcome.num_verified if outcome.drafts else {},
-            num_drafts_wanted=self._planner.num_wanted,
-            worker=self._planner.add_stats(self._graphs.take_stats()),
+            num_draft_tokens=num_verified,
+            num_drafts_wanted=num_wanted,
+            worker=stats,
         )
 
     def _read_samples(self, flight: InFlight) -> _Drawn:

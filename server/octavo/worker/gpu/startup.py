@@ -22,7 +22,7 @@ from octavo.platforms.gpu import GPUPlatform, model_shape
 from octavo.types import BlockCopy, NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers, StepSizes
-from octavo.worker.gpu.draft_planner import NO_DRAFTS, AutoPlanner, DraftPlanner, FixedPlanner
+from octavo.worker.gpu.draft_planner import AutoPlanner, FixedPlanner, Speculation
 from octavo.worker.gpu.graphs import ForwardKey, GraphSizes, SamplingKey, StepGraphs
 from octavo.worker.gpu.kv_transfer import GpuTransfer
 from octavo.worker.gpu.lookup import PromptLookup, speculation_of
@@ -207,7 +207,6 @@ def make_runner(
     transfer: KVTransfer = NO_TRANSFER
     if plan.num_host_slots:
         transfer = GpuTransfer(kv.layers, num_slots=plan.num_host_slots, runtime=runtime)
-    lookup, planner = _make_drafts(config, arena=arena, plan=plan)
     runner = GpuRunner(
         model,
         runtime=runtime,
@@ -223,30 +222,30 @@ def make_runner(
         prefixes=PrefixSharing(
             arena, table=table, sizes=sizes, min_saved=min_saved_partitions(cache)
         ),
-        lookup=lookup,
-        planner=planner,
+        speculation=_make_speculation(config, arena=arena, plan=plan),
     )
     return runner, graphs
 
 
-def _make_drafts(
+def _make_speculation(
     config: EngineConfig, *, arena: RequestArena, plan: Plan
-) -> tuple[PromptLookup | None, DraftPlanner]:
-    """Who makes drafts, and who decides how many."""
+) -> Speculation | None:
+    """As configured; None: no drafts."""
     speculation, sizes = speculation_of(config.scheduler), plan.memory.sizes
     if not sizes.max_drafts:
-        return None, NO_DRAFTS
+        return None
     lookup = PromptLookup(
         arena,
         min_length=speculation.prompt_lookup_min,
         max_length=speculation.prompt_lookup_max,
     )
     if speculation.method == "ngram":
-        return lookup, FixedPlanner(sizes.max_drafts, max_samples=sizes.max_samples)
+        fixed = FixedPlanner(sizes.max_drafts, max_samples=sizes.max_samples)
+        return Speculation(lookup, fixed)
     planner = AutoPlanner(
         sizes.max_drafts, max_samples=sizes.max_samples, step_sizes=plan.graphs.drafting
     )
-    return lookup, planner
+    return Speculation(lookup, planner)
 
 
 @torch.inference_mode()

@@ -95,6 +95,7 @@ class GpuRequestTable:
         self.num_tokens = np.zeros(num_rows, np.int32)
         self.num_computed = np.zeros(num_rows, np.int32)
         self.num_unsure = np.zeros(num_rows, np.int32)
+        self._has_drafted = False
         self.serials = np.full(num_rows, -1, np.int64)
         # How many likely tokens to tell of each prompt position; negative: no scores wanted.
         self.num_prompt_scores = np.full(num_rows, -1, np.int32)
@@ -135,7 +136,6 @@ class GpuRequestTable:
         size = len(request_ids)
         rows, serials = self._rows_of(request_ids)
         starts, known = self.num_computed[rows], self.num_tokens[rows]
-        unsure = self.num_unsure[rows]
         extra = None  # [R] drafts of this step
         if set(step.num_scheduled_tokens.values()) == {1}:
             seq_lens, query_ends, max_query_len = starts + 1, self._ends[:size], 1
@@ -175,13 +175,14 @@ class GpuRequestTable:
             sample_rows=sample_rows,
             sample_tokens=sample_ends - 1,
             sample_positions=positions,
-            least_lens=seq_lens - unsure if unsure.any() else seq_lens,
+            least_lens=seq_lens - self.num_unsure[rows] if self._has_drafted else seq_lens,
         )
         return batch if extra is None else self._with_drafts(batch, extra)
 
     def _with_drafts(self, batch: StepBatch, extra: Ints) -> StepBatch:
         """The batch with samples behind these drafts [R], which its other numbers count."""
         rows, drafts = batch.sample_rows, extra[batch.samples]
+        self._has_drafted = True
         self.num_tokens[rows] += drafts
         self.num_unsure[rows] += drafts
         each = 1 + drafts
