@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,11 +116,11 @@ class SamplingColumns:
         min_p: npt.NDArray[np.float32],
         seeds: npt.NDArray[np.int64],
     ) -> None:
-        arrays = (temperature, top_k, top_p, min_p, seeds)
-        dtypes = (np.float32, np.int32, np.float32, np.float32, np.int64)
-        for array, dtype in zip(arrays, dtypes, strict=True):
-            assert array.dtype == dtype and array.shape == (len(seeds),)
-            assert array.flags.c_contiguous
+        arrays: tuple[npt.NDArray[Any], ...] = (temperature, top_k, top_p, min_p, seeds)
+        dtypes = ["float32", "int32", "float32", "float32", "int64"]
+        assert [array.dtype.name for array in arrays] == dtypes
+        for array in arrays:
+            assert array.shape == seeds.shape and array.flags.c_contiguous
         self.num_slots = len(seeds)
         self.addresses = tuple(array.ctypes.data for array in arrays)
         self._arrays = arrays  # which own the memory behind the addresses
