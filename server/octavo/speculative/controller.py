@@ -338,7 +338,7 @@ class AutoDrafter(Counting):
                 if drafts:
                     without = expected * sum(map(len, tokens.values())) / num_requests
                 saved = self._account(seconds + self._drafting, without)
-        if self._last_minute.add(seconds + self._drafting, saved):
+        if self._last_minute.add(seconds + self._drafting, saved) or drafts:
             self.counts.gain = self._last_minute.gain
         if not drafts:
             return

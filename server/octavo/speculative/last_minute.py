@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 WINDOW = 60.0
+_LEAST = 20.0  # less is taken for as much: the first seconds tell little
 _PIECE = 1.0
 
 
@@ -36,4 +37,4 @@ class LastMinute:
     @property
     def gain(self) -> float:
         """Throughput beside that without speculation, less 1: -0.03 is 3 % lost."""
-        return self._saved / self._seconds if self._seconds else 0.0
+        return self._saved / max(self._seconds, _LEAST)

@@ -235,7 +235,7 @@ class AutoPlanner(_Counting):
                 self.counts.seconds_saved += saved
                 self.counts.seconds_without += without
                 self.regime.account(seconds=outcome.seconds, without=without)
-        if self._last_minute.add(outcome.seconds, saved):
+        if self._last_minute.add(outcome.seconds, saved) or outcome.drafts:
             self.counts.gain = self._last_minute.gain
         if outcome.drafts:
             self.count(outcome)
