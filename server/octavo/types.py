@@ -290,6 +290,6 @@ class EngineInfo:
     num_host_slots: int = 0  # K/V blocks that the host tier can hold
     num_threads: int = 0  # CPU threads that compute; 0 = not told
     max_drafts: int = 0  # of one request in one step; 0 = no speculation
-    speculation: str = "off"  # the method
+    speculation: str = "off"  # the method, and the model that drafts
     eos_token_ids: tuple[int, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)  # start-up phase -> seconds

@@ -93,7 +93,11 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
         ),
         num_threads=num_threads,
         max_drafts=0 if speculative.method == "off" else speculative.num_speculative_tokens,
-        speculation=speculative.method,
+        speculation=(
+            speculative.method
+            if speculative.model is None
+            else f"{speculative.method} with {speculative.model}"
+        ),
         phases=phases,
     )
     return (ThreadExecutor if scheduler.async_scheduling else InlineExecutor)(runner), info

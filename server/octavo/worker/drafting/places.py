@@ -64,7 +64,8 @@ class Places:
         """Passes of the usual numbers of tokens over the first block, each as often as it takes
         to have it recorded; whether they have logits."""
         for size in USUAL:
-            for counts in dict.fromkeys(((1,) * size, (size,))):
+            kinds = ((1,) * size, (size,)) if size <= self.buffers.max_num_seqs else ((size,),)
+            for counts in dict.fromkeys(kinds):
                 for _ in range(2):
                     token_ids, attn = self.write(
                         [0] * len(counts),
