@@ -17,7 +17,7 @@ from octavo.config import ModelConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 NUM_TAPS = 3
-_READ = 128  # tokens of a prompt that a head reads, its last, unless it sees fewer
+_READ = 64  # tokens of a prompt that a head reads, its last, unless it sees fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
