@@ -2,8 +2,9 @@
 
     OUT=results python -m benchmarks.gpu_suite [--short] [--only SECTION ...]
     OUT=results python -m benchmarks.gpu_suite --only engine
+    OUT=results python -m benchmarks.gpu_suite --only speculation
 
-Either under nine minutes, under three with --short; needs no network, and of the HTTP packages
+Each under nine minutes, under three with --short; needs no network, and of the HTTP packages
 only what its last section, a server, does not run without. "kernels" and "engine" name groups of
 sections; without --only there are the tests and the kernels. Every
 section is a process of its own with a time limit, so that a crash costs one section. Rows come to
@@ -61,10 +62,12 @@ SECTIONS = (
     Section("engine_06b", "gpu_engine", 140, 100, calls_ops=False),
     Section("bits", "gpu_engine", 90, 0, calls_ops=False),
     Section("serving", "gpu_serving", 120, 0, calls_ops=False),
+    Section("speculation", "gpu_speculation", 240, 0, calls_ops=False),
 )
 _ENGINE = ("engine_8b", "engine_06b", "bits", "serving")
+_ALONE = ("speculation",)  # in no group
 GROUPS = {
-    "kernels": [section.name for section in SECTIONS if section.name not in _ENGINE],
+    "kernels": [section.name for section in SECTIONS if section.name not in (*_ENGINE, *_ALONE)],
     "engine": list(_ENGINE),
 }
 TESTS = "tests"

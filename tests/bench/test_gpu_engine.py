@@ -14,18 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import octavo.llm
-from benchmarks import engine_figures, gpu_engine, gpu_rows, gpu_serving, gpu_suite, offline_engine
+from benchmarks import (
+    engine_figures,
+    gpu_engine,
+    gpu_rows,
+    gpu_serving,
+    gpu_speculation,
+    gpu_suite,
+    offline_engine,
+)
 from benchmarks.engine_bits import measure_bits
 from benchmarks.model_shapes import CONFIGS, write_config
-from benchmarks.offline_engine import Answer, OfflineEngine, workloads
+from benchmarks.offline_engine import Answer, OfflineEngine, Workload, workloads
 from octavo.checkpoint import parse_config
 from octavo.engine import build
 from octavo.types import SamplingParams
+from octavo.worker.gpu import sampler
+from octavo_kernels import sampling
+from octavo_kernels.testing import gpu_device
 
+DEVICE = gpu_device()
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -88,7 +101,8 @@ def test_rows_of_an_engine(folder: Path) -> None:
     gpu_engine.measure_text("tiny", folder, rows.append)
     names = {(row["op"], row["case"]) for row in rows}
     wanted = {(op, case.replace("0.6B", "tiny").replace("256 r", "8 r")) for op, case in
-              engine_figures.GOALS if case.startswith("0.6B") and "49k" not in case}  # fmt: skip
+              engine_figures.GOALS if case.startswith("0.6B") and "49k" not in case
+              and op != "speculation"}  # fmt: skip
     assert wanted <= names
     assert not [row for row in rows if "error" in row]
     by_case = {row["case"]: row for row in rows if row["op"] == "engine"}
@@ -128,6 +142,66 @@ def test_the_matrix_of_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     wrong = {row["case"].removeprefix("tiny, ") for row in rows if "error" in row}
     assert wrong == {"among 2 others", "captured graphs, among 2 others"}
     assert "1 of 3 requests differ" in gpu_rows.table(rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
+def test_rows_of_speculation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One workload is run in truth, with drafts that are all accepted; others take no time."""
+    monkeypatch.setattr(gpu_speculation, "CHANCES", {"sure": (1.0,) * 7})
+    monkeypatch.setattr(gpu_speculation, "_FIXED", (3,))
+    drawn: list[list[int]] = []
+
+    def sample(logits: Any, *, workspace: Any, out: Any, **columns: Any) -> None:
+        for mine, found in zip(out, sampling.sample(logits, **columns), strict=True):
+            mine.copy_(found)
+
+    def rate(engine: OfflineEngine, workload: Workload) -> float:
+        if workload.name == "batch 2":
+            return 3.0 if engine.info.max_drafts else 2.0
+        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+        drawn.append(engine.answer([(5, 6, 7)], [params])[0].token_ids)
+        return 2.0
+
+    monkeypatch.setattr(sampler, "sample", sample)  # which is slow in the interpreter
+    monkeypatch.setattr(gpu_speculation, "rate", rate)
+    rows: list[dict[str, Any]] = []
+    gpu_speculation.measure_speculation("tiny", folder, rows.append, shrink=64)
+    found = {row["case"].removeprefix("tiny, "): row for row in rows}
+    names = ("none", "3 drafts", "auto")
+    assert list(found) == [
+        *("batch 1, off", "batch 2, off"),
+        *(f"batch {batch}, sure, {name}" for batch in (1, 2) for name in names),
+    ]
+    assert found["batch 2, sure, auto"]["value"] == 1.5
+    assert found["batch 1, sure, 3 drafts"]["counts"]["accepted_tokens"] > 2
+    assert found["batch 1, sure, none"]["counts"].get("accepted_tokens", 0) == 0
+    assert len(drawn) == 4 and all(len(tokens) == 6 for tokens in drawn)
+
+
+def test_replayed_drafts_agree_as_often_as_they_should() -> None:
+    generator = torch.Generator().manual_seed(1)
+    num_rows, most = 300, 4
+    rows = torch.arange(num_rows, dtype=torch.int32).repeat_interleave(1 + most)
+    tokens = torch.randint(0, 99, rows.shape, generator=generator)
+    table = torch.full((num_rows, 20), -5, dtype=torch.int32)
+    num_tokens = torch.randint(3, 9, (num_rows,), generator=generator, dtype=torch.int32)
+    counts, num_drawn = torch.zeros(num_rows, 99, dtype=torch.int32), torch.empty_like(rows)
+    given = [each.to(DEVICE) for each in (rows, tokens, table, num_tokens, counts, num_drawn)]
+    known = num_tokens.clone()
+    with gpu_speculation.replaying(torch.tensor([0.5, 0.9, 0.9, 0.9], device=DEVICE)):
+        sampler.accept(
+            given[0],
+            given[1],
+            token_table=given[2],
+            num_tokens=given[3],
+            counts=given[4],
+            num_drawn=given[5],
+            max_drafts=most,
+        )
+    drawn = given[5].cpu()[:: 1 + most] - 1
+    assert 0.4 < (drawn > 0).float().mean() < 0.6
+    assert 0.8 < (drawn[drawn > 0] > 1).float().mean() < 1.0
+    assert torch.equal(given[3].cpu(), known + drawn + 1)
 
 
 def test_idle_time_is_what_no_kernel_covers() -> None:

@@ -53,8 +53,19 @@ def propose(
     return table, found.tolist()
 
 
+def latest(tokens: list[int], *, most: int) -> list[int]:
+    """What follows the latest place that shares most last tokens, `most` at most."""
+
+    def shared(end: int) -> int:
+        pairs = zip(reversed(tokens[:end]), reversed(tokens), strict=False)
+        return min(most, next((i for i, (a, b) in enumerate(pairs) if a != b), end))
+
+    end = max(range(1, len(tokens)), key=lambda end: (shared(end), end), default=0)
+    return tokens[end:] if end and shared(end) else []
+
+
 @pytest.mark.parametrize("lengths", [(1, 1), (2, 5), (3, 3), (1, 8)])
-def test_drafts_are_those_of_the_cpu_and_go_on(lengths: tuple[int, int]) -> None:
+def test_drafts_follow_the_latest_of_the_longest_matches(lengths: tuple[int, int]) -> None:
     rng = random.Random(lengths[1])
     rows = [
         [rng.randrange(vocab) for _ in range(size)]
@@ -66,26 +77,27 @@ def test_drafts_are_those_of_the_cpu_and_go_on(lengths: tuple[int, int]) -> None
     for place, tokens in enumerate(rows):
         proposer = NgramProposer(min_length=lengths[0], max_length=lengths[1])
         proposer.begin("r", tokens, num_prompt_tokens=len(tokens), salt=None)
-        want = list(proposer.propose("r", np.asarray(tokens, np.int32), max_drafts=9).token_ids)
+        on_cpu = proposer.propose("r", np.asarray(tokens, np.int32), max_drafts=9)
+        assert found[place] == (9 if on_cpu.token_ids else 0)
         got = table[place, len(tokens) : len(tokens) + 9].tolist()
-        assert found[place] == (9 if want else 0)
-        assert got[: len(want)] == want
         # What the request has no continuation for goes round, from where it was found.
-        period = want or tokens[-1:]
+        period = latest(tokens, most=lengths[1]) or tokens[-1:]
         assert got == [period[i % len(period)] for i in range(9)]
         assert (table[place, : len(tokens)].cpu() == torch.tensor(tokens)).all()
         assert (table[place, len(tokens) + 9 :] == -1).all()
 
 
-def test_the_first_occurrence_is_found_in_whatever_chunk() -> None:
-    """Of two equally long ones in other chunks, and a longer one that comes last."""
+def test_an_occurrence_is_found_in_whatever_chunk() -> None:
+    """The latest of two equally long ones, then a longer one before it; a short one is no find."""
     tokens = list(range(100, 3000))
     tokens[1500:1502] = tokens[2500:2502] = tokens[-2:] = [7, 8]
     table, found = propose([tokens], drafts=3)
-    assert found == [3] and table[0, 2900:2903].tolist() == tokens[1502:1505]
-    tokens[2499] = tokens[-3] = 6
+    assert found == [3] and table[0, 2900:2903].tolist() == tokens[2502:2505]
+    tokens[1499] = tokens[-3] = 6
     table, _ = propose([tokens], drafts=3)
-    assert table[0, 2900:2903].tolist() == tokens[2502:2505]
+    assert table[0, 2900:2903].tolist() == tokens[1502:1505]
+    table, found = propose([tokens], drafts=3, lengths=(4, 5))
+    assert found == [0] and table[0, 2900:2903].tolist() == tokens[1502:1505]
 
 
 def test_rows_without_room_or_tokens_get_no_drafts() -> None:

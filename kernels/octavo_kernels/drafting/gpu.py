@@ -32,13 +32,14 @@ def propose(
     max_length: int,
 ) -> None:
     """Prompt lookup: of the longest run of last tokens that a row has had before, the continuation
-    of its first occurrence, again and again where that meets the row's end.
+    of its latest occurrence, again and again where that meets the row's end. A row gets as many
+    drafts as it is to have: where there was no such run, its last token is repeated.
 
     batch_rows [R]: rows of token_table [N, L], whose rows may lie apart, and of num_tokens [N].
     seq_lens [R]: where it is ~d, d drafts are written behind the row's tokens and it becomes
     num_tokens + d; sample_positions [S] of sample_rows [S]: ~i becomes num_tokens + i. What is not
-    negative stays. num_found [R]: out, the drafts of a row in which some run of min_length to
-    max_length last tokens had occurred; 0 where the last token is repeated for want of one.
+    negative stays. num_found [R]: out, a row's drafts if the run has min_length tokens at least (up
+    to max_length are compared), else 0.
     All tensors are int32. Raises ValueError for other dtypes, shapes or strides.
     """
     num_requests, num_samples = batch_rows.shape[0], sample_rows.shape[0]

@@ -27,7 +27,7 @@ def propose_rows(
     num_rows,
     max_tokens,  # of a row
     token_stride,
-    min_length,  # tokens that must have occurred before
+    min_length,  # tokens that must have occurred before to count as found
     max_length,  # that are compared
     CHUNK: tl.constexpr,
     MOST: tl.constexpr,  # drafts
@@ -52,7 +52,7 @@ def propose_rows(
         tl.store(seq_lens + place, known + num_drafts)
         if (num_drafts > 0) & (known > 0) & (known + num_drafts <= max_tokens):
             tokens = token_table + row * token_stride
-            best = 0  # length of the match, then how early it ends: the larger the better
+            best = 0  # length of the match, then where it ends: the larger the better
             end = 1  # of earlier occurrences, where the continuation begins
             while end < known:
                 ends = end + lanes
@@ -63,16 +63,15 @@ def propose_rows(
                     alive = alive & (ends >= back)
                     alive = alive & (tl.load(tokens + ends - back, mask=alive, other=-2) == last)
                     length += alive.to(tl.int32)
-                score = tl.where(length >= min_length, length * PLACES + (PLACES - 1 - ends), 0)
-                best = tl.maximum(best, tl.max(score, 0))
+                best = tl.maximum(best, tl.max(tl.where(length > 0, length * PLACES + ends, 0), 0))
                 end += CHUNK
             # Without an occurrence the last token is repeated.
-            begin = tl.where(best > 0, PLACES - 1 - best % PLACES, known - 1)
+            begin = tl.where(best > 0, best % PLACES, known - 1)
             drafts = tl.arange(0, MOST)
             mask = drafts < num_drafts
             token = tl.load(tokens + begin + drafts % (known - begin), mask=mask)
             tl.store(tokens + known + drafts, token, mask=mask)
-            found = tl.where(best > 0, num_drafts, 0)
+            found = tl.where(best // PLACES >= min_length, num_drafts, 0)
     tl.store(num_found + place, found)
 
 

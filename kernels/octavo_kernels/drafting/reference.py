@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def lookup(tokens: Sequence[int], *, min_length: int, max_length: int) -> int | None:
-    """Where the first occurrence of the longest run of last tokens that has one is continued."""
-    for length in range(min(max_length, len(tokens) - 1), min_length - 1, -1):
+def lookup(tokens: Sequence[int], *, max_length: int) -> tuple[int, int]:
+    """Length of the longest run of last tokens that occurred before, and where the latest of these
+    occurrences is continued; (0, the last token's place) if there is none."""
+    for length in range(min(max_length, len(tokens) - 1), 0, -1):
         last = list(tokens[len(tokens) - length :])
-        for end in range(length, len(tokens)):
+        for end in range(len(tokens) - 1, length - 1, -1):
             if list(tokens[end - length : end]) == last:
-                return end
-    return None
+                return length, end
+    return 0, len(tokens) - 1
 
 
 def propose_reference(
@@ -45,10 +46,10 @@ def propose_reference(
         if known < 1 or known + num_drafts > width:
             continue
         tokens = token_table[row, :known].tolist()
-        begin = lookup(tokens, min_length=min_length, max_length=max_length)
-        num_found[place] = 0 if begin is None else num_drafts
+        length, begin = lookup(tokens, max_length=max_length)
+        num_found[place] = num_drafts if length >= min_length else 0
         for draft in range(num_drafts):
-            tokens.append(tokens[draft - 1 + known if begin is None else begin + draft])
+            tokens.append(tokens[begin + draft])
         token_table[row, known : known + num_drafts] = token_table.new_tensor(tokens[known:])
 
 
