@@ -187,18 +187,14 @@ def apply_logit_params(
     if vocab_size != params.vocab_size:
         raise ValueError(f"{op}: params are of {params.vocab_size} tokens, got {vocab_size}")
     num_listed = rows.shape[0]
-    check_column(op, logits, "rows", rows, torch.int32, num_listed)
-    check_column(op, logits, "slots", slots, torch.int32, num_listed)
-    if num_drafts is not None:
-        check_column(op, logits, "num_drafts", num_drafts, torch.int32, num_listed)
+    for name, column in (("rows", rows), ("slots", slots), ("num_drafts", num_drafts)):
+        if column is not None:
+            check_column(op, logits, name, column, torch.int32, num_listed)
     lists = params.lists
     launch(
         edit_rows,
         (num_listed,),
-        logits,
-        rows,
-        slots,
-        num_drafts,
+        *(logits, rows, slots, num_drafts),
         *_edits(lists),
         num_rows,
         params.num_slots,

@@ -157,7 +157,8 @@ class DraftHead(nn.Module):
 
     def features(self, taps: Tensor) -> Tensor:
         """[B, L, 3H] -> [B, L, H]."""
-        return self.dropout(self.fc(taps / self.tap_scale))
+        found: Tensor = self.dropout(self.fc(taps / self.tap_scale))
+        return found
 
     def inputs(self, embedded: Tensor, feature: Tensor) -> Tensor:
         """Token vectors and features, [B, L, H] each -> what attention projects, [B, L, 2H]."""
