@@ -7,6 +7,7 @@ not pay, it begins anew from the last ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ from octavo.worker.drafting.places import MAX_JOBS, USUAL, Places
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.replays import ForwardReplays
 from octavo.worker.request_table import RequestTable
+
+_log = logging.getLogger(__name__)
 
 _AGAIN = 32  # places that are read when it begins anew
 _ROOM = 32  # places more than are read at once that are kept for a request
@@ -84,6 +87,7 @@ class HeadGuesser:
         self._hidden = self._features  # of the last pass, a row for each job
         self._readings: dict[str, _Reading] = {}
         self.num_read = 0
+        self._has_failed = False
 
     def begin(self, step: SchedulerOutput) -> None:
         for request_id in step.finished_request_ids:
@@ -94,6 +98,15 @@ class HeadGuesser:
     def see(self, batch: InputBatch) -> None:
         if len(batch.rows) > self._most_requests:
             return
+        try:
+            self._look(batch)
+        except Exception as error:  # it begins anew with what comes
+            self._readings.clear()
+            if not self._has_failed:
+                self._has_failed = True
+                _log.error("a draft head could not follow a step", exc_info=error)
+
+    def _look(self, batch: InputBatch) -> None:
         starts = batch.attn.query_start_loc.tolist()
         firsts = batch.attn.positions.numpy()[starts[:-1]].tolist()
         ends = self._table.num_computed_tokens[batch.rows].tolist()
