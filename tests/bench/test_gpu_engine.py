@@ -35,6 +35,7 @@ from octavo.checkpoint import parse_config
 from octavo.engine import build
 from octavo.types import SamplingParams
 from octavo.worker.gpu import sampler
+from octavo.worker.gpu.draft_planner import FixedPlanner
 from octavo_kernels import sampling
 from octavo_kernels.testing import gpu_device
 
@@ -146,7 +147,7 @@ def test_the_matrix_of_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter")
 def test_rows_of_speculation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One workload is run in truth, with drafts that are all accepted; others take no time."""
+    """One of them is run in truth, with drafts that are all accepted; the others take no time."""
     monkeypatch.setattr(gpu_speculation, "CHANCES", {"sure": (1.0,) * 7})
     monkeypatch.setattr(gpu_speculation, "_FIXED", (3,))
     drawn: list[list[int]] = []
@@ -156,11 +157,14 @@ def test_rows_of_speculation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
             mine.copy_(found)
 
     def rate(engine: OfflineEngine, workload: Workload) -> float:
-        if workload.name == "batch 2":
-            return 3.0 if engine.info.max_drafts else 2.0
-        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
-        drawn.append(engine.answer([(5, 6, 7)], [params])[0].token_ids)
-        return 2.0
+        if not engine.info.max_drafts:
+            return 2.0
+        runner: Any = engine.core._executor._runner  # type: ignore[attr-defined]
+        is_fixed = isinstance(runner._speculation.planner, FixedPlanner)
+        if is_fixed and workload.name == "batch 1":
+            params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+            drawn.append(engine.answer([(5, 6)], [params])[0].token_ids)
+        return 3.0
 
     monkeypatch.setattr(sampler, "sample", sample)  # which is slow in the interpreter
     monkeypatch.setattr(gpu_speculation, "rate", rate)
@@ -173,9 +177,9 @@ def test_rows_of_speculation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         *(f"batch {batch}, sure, {name}" for batch in (1, 2) for name in names),
     ]
     assert found["batch 2, sure, auto"]["value"] == 1.5
-    assert found["batch 1, sure, 3 drafts"]["counts"]["accepted_tokens"] > 2
-    assert found["batch 1, sure, none"]["counts"].get("accepted_tokens", 0) == 0
-    assert len(drawn) == 4 and all(len(tokens) == 6 for tokens in drawn)
+    assert found["batch 1, sure, 3 drafts"]["counts"]["accepted_tokens"] >= 2
+    assert not found["batch 1, sure, none"]["counts"]
+    assert [len(tokens) for tokens in drawn] == [5]
 
 
 def test_replayed_drafts_agree_as_often_as_they_should() -> None:
