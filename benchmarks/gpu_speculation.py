@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from octavo.worker.gpu.draft_planner import DraftPlanner
 
 Emit = Callable[[dict[str, Any]], None]
-# Accepted of the first draft, and of each behind accepted ones: of SmolLM2-135M's answers to 40
-# prompts each of prompts_sum and prompts_mt_bench, greedy (`benchmarks.spec_acceptance record`).
+# Accepted of the first draft, and of each behind accepted ones, along SmolLM2-135M's greedy answers
+# to 20 prompts each of prompts_sum and prompts_mt_bench (`spec_acceptance`: "ngram on a GPU").
 CHANCES = {
     "summaries": (0.285, 0.605, 0.687, 0.775, 0.815, 0.842, 0.835),
     "chat": (0.12, 0.562, 0.726, 0.821, 0.899, 0.934, 0.839),

@@ -26,15 +26,49 @@ from benchmarks.machine import keep_row, passport
 from benchmarks.spec_serve import counters
 from octavo.speculative import Outlook, SpeculativeConfig, make_drafter
 from octavo.speculative.ngram import NgramProposer
-from octavo.speculative.proposer import Proposer
+from octavo.speculative.proposer import Proposal, Proposer
 from octavo.speculative.suffix import SuffixProposer
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 
 SETS = ("prompts_sum", "prompts_humaneval", "prompts_mt_bench")
+
+
+class DeviceLookup:
+    """`Proposer` of what a GPU drafts, which the device looks up and the host does not see."""
+
+    def begin(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        num_prompt_tokens: int,
+        salt: str | None,
+    ) -> None:
+        return
+
+    def extend(self, request_id: str, token_ids: Sequence[int]) -> None:
+        return
+
+    def end(self, request_id: str) -> None:
+        return
+
+    def propose(
+        self, request_id: str, token_ids: npt.NDArray[np.int32], *, max_drafts: int
+    ) -> Proposal:
+        from octavo_kernels.drafting.reference import lookup  # here: it imports torch
+
+        tokens = token_ids.tolist()
+        _, begin = lookup(tokens, max_length=5)
+        for place in range(begin, begin + max_drafts):
+            tokens.append(tokens[place])
+        return Proposal(tokens[-max_drafts:])
+
+
 METHODS: dict[str, Callable[[], Proposer]] = {
     # The first as vLLM has it by default.
     "ngram 5-5": lambda: NgramProposer(min_length=5, max_length=5),
     "ngram 2-5": lambda: NgramProposer(min_length=2, max_length=5),
+    "ngram on a GPU": DeviceLookup,
     "suffix": SuffixProposer,
     "suffix, spec factor 4": lambda: SuffixProposer(spec_factor=4.0, min_token_prob=0.05),
 }
