@@ -150,10 +150,17 @@ def measure_speculation(shape: str, folder: Path, emit: Emit, *, shrink: int = 1
                             found / off[workload.name],
                             "x off",
                             tok_s=round(found, 1),
+                            ms_step=round(step_ms(workload, found, new), 3),
                             counts={key: number for key, number in new.items() if number},
                         )
                     )
         engine.close()
+
+
+def step_ms(workload: Workload, rate: float, counts: dict[str, int]) -> float:
+    """Of the steps that these tokens took, prompts included."""
+    steps = counts.get("graph_steps", 0) + counts.get("eager_steps", 0)
+    return (1 + _TIMES) * workload.num_tokens / max(steps, 1) / rate * 1e3
 
 
 def planners(engine: OfflineEngine) -> dict[str, DraftPlanner]:

@@ -228,7 +228,8 @@ class SchedulerConfig:
     speculative_config: str = _opt(
         "",
         'JSON such as {"method": "ngram", "num_speculative_tokens": 5}; methods are auto, suffix, '
-        "ngram, eagle3, draft_model and off; default auto on CPU",
+        "ngram, eagle3, draft_model and off; default auto on CPU. On a GPU: ngram, auto and off, "
+        "the default",
         metavar="JSON",
     )
     enforce_eager: bool = _opt(False, "capture no CUDA graphs: launch every step by its kernels")

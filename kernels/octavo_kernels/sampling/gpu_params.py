@@ -187,23 +187,19 @@ def apply_logit_params(
     if vocab_size != params.vocab_size:
         raise ValueError(f"{op}: params are of {params.vocab_size} tokens, got {vocab_size}")
     num_listed = rows.shape[0]
-    for name, column in (("rows", rows), ("slots", slots), ("num_drafts", num_drafts)):
-        if column is not None:
-            check_column(op, logits, name, column, torch.int32, num_listed)
+    check_column(op, logits, "rows", rows, torch.int32, num_listed)
+    check_column(op, logits, "slots", slots, torch.int32, num_listed)
+    if num_drafts is not None:
+        check_column(op, logits, "num_drafts", num_drafts, torch.int32, num_listed)
     lists = params.lists
     launch(
         edit_rows,
         (num_listed,),
-        *(logits, rows, slots, num_drafts),
-        *_edits(lists),
-        num_rows,
-        params.num_slots,
-        lists.token_ids.shape[1],
+        logits, rows, slots, num_drafts, *_edits(lists),
+        num_rows, params.num_slots, lists.token_ids.shape[1],
         *(ids.shape[0] for ids in (lists.bias_ids, lists.bad_ids, lists.stop_ids)),
-        VOCAB=vocab_size,
-        BLOCK=128,
-        num_warps=4,
-    )
+        VOCAB=vocab_size, BLOCK=128, num_warps=4,
+    )  # fmt: skip
     tiles = -(-vocab_size // _TILE)
     launch(
         penalise_rows,
