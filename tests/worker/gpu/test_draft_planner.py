@@ -205,3 +205,5 @@ def test_methods_of_a_gpu() -> None:
     assert max_drafts_of(config('{"method": "ngram", "num_speculative_tokens": 20}')) == 20
     with pytest.raises(ValueError, match=r"on a GPU must have a method of ngram, auto, off so far"):
         speculation_of(config('{"method": "suffix"}'))
+    with pytest.raises(ValueError, match="can have no model so far"):
+        speculation_of(config('{"method": "auto", "model": "./head"}'))
