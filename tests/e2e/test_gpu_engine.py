@@ -136,6 +136,26 @@ def test_drafts_leave_bits_as_they_are_and_compile_nothing(checkpoint: Path) -> 
             assert 0 < accepted < sum(each.num_draft_tokens for each in drafts)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_drafts_leave_bits_as_they_are(checkpoint: Path) -> None:
+    """Kernel by kernel, and in graphs once steps have asked for them; nothing is compiled."""
+    want, _ = drafted(checkpoint, "off")
+    few = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "allowed_token_ids": [5, 6, 7]}
+    plain = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    for method in ("ngram", "auto"):
+        assert drafted(checkpoint, method)[0] == want
+        speculation = {"method": method, "num_speculative_tokens": 3}
+        llm = LLM(str(checkpoint), device="cuda", max_num_seqs=4, speculative_config=speculation)
+        before, found = num_compiled(), []
+        for _ in range(3):
+            answers = llm.generate([[5, 6, 7, 5, 6], [7, 5], [9]], [few, few, plain])
+            found.append([output.token_ids for answer in answers for output in answer.outputs])
+            while llm._core.use_idle_time():
+                pass
+        assert found[1:] == found[:1] * 2
+        assert num_compiled() == before
+
+
 @pytest.fixture(scope="module")
 def gpu_server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = start_server(

@@ -5,7 +5,9 @@ Steps of full size run on the device "meta", as on a Hopper GPU: every launch is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,21 @@ EVERYTHING = SamplingParams(
 )
 
 
+PLAIN = SamplingParams()
+SMOL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
 class _Nowhere(HostRuntime):
     device = torch.device("meta")
 
@@ -78,10 +95,10 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def _engine(spec: ModelSpec) -> tuple[GpuRunner, StepGraphs, startup.Plan]:
+def _engine(spec: ModelSpec, **scheduler: Any) -> tuple[GpuRunner, StepGraphs, startup.Plan]:
     config = EngineConfig(
         model=ModelConfig(dtype="bfloat16"),
-        scheduler=SchedulerConfig(cudagraph_capture_sizes=(1, 2, 8, 64, 256, 512)),
+        scheduler=SchedulerConfig(cudagraph_capture_sizes=(1, 2, 8, 64, 256, 512), **scheduler),
     )
     memory = 80 << 30
     gpu = startup.GpuDevice(runtime=_Nowhere(), name="none", total_bytes=memory, free_bytes=memory)
@@ -178,4 +195,38 @@ def test_graphs_launch_what_is_listed(context: int) -> None:
         for key in keys:
             graphs.run_blank(key)
     assert len(found) > 10 * len(keys)
+    assert not _unlisted(found, spec)
+
+
+def _drafting(most: int) -> Iterator[SchedulerOutput]:
+    """A request with all parameters and a plain one, both with every number of drafts."""
+    requests = [_request(n, 30, p, blocks=9) for n, p in (("a", EVERYTHING), ("b", PLAIN))]
+    prompts = {request.request_id: 30 for request in requests}
+    yield SchedulerOutput(step=0, new_requests=tuple(requests), num_scheduled_tokens=prompts)
+    for number in range(most + 1):
+        for room in ({"a": number, "b": most}, {"b": number}):
+            yield SchedulerOutput(
+                step=1,
+                num_scheduled_tokens={name: 1 + drafts for name, drafts in room.items()},
+                max_drafts={name: drafts for name, drafts in room.items() if drafts},
+            )
+
+
+@pytest.mark.parametrize("number", [5, 7])
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, SMOL], ids=["llama", "qwen3", "smol"])
+def test_drafts_launch_what_is_listed(config: dict[str, object], number: int) -> None:
+    """Kernel by kernel, and in every graph that may be captured."""
+    spec = parse_config(config)
+    method = {"method": "ngram", "num_speculative_tokens": number}
+    runner, graphs, plan = _engine(spec, speculative_config=json.dumps(method))
+    assert plan.memory.sizes.max_samples == 512 and plan.graphs.depths[-1] == number
+    with collecting() as found:
+        for step in _drafting(number):
+            runner.launch(step)
+        num_eager = len(found)
+        for key in (*plan.graphs.late_keys(), *plan.graphs.keys()):
+            graphs.run_blank(key)
+    names = [launch.name for launch in found[:num_eager]]
+    assert names.count("propose_rows") == names.count("accept_runs") == 2 * number + 3
+    assert {"propose_rows", "accept_runs", "decode_hopper"} <= {x.name for x in found[num_eager:]}
     assert not _unlisted(found, spec)

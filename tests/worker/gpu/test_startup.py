@@ -165,6 +165,23 @@ def test_plan(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert plan.cache.num_blocks == 4
 
 
+def test_speculation_is_planned_for(model_folder: Path) -> None:
+    method = '{"method": "ngram", "num_speculative_tokens": 3}'
+    config = _config(model_folder, cudagraph_capture_sizes=(1, 4), speculative_config=method)
+    spec = resolve(config.model).spec
+    plan = startup.make_plan(config, spec=spec, device=_DEVICE)
+    assert (plan.memory.sizes.max_drafts, plan.memory.sizes.max_samples) == (3, 8)
+    assert plan.graphs.depths == (1, 3) and plan.graphs.drafting == (4,)
+    plain = startup.make_plan(_config(model_folder), spec=spec, device=_DEVICE)
+    assert plain.memory.sizes.max_drafts == 0
+    sizes = [{p.name: p.num_bytes for p in each.memory.parts} for each in (plain, plan)]
+    assert sizes[1]["logits"] == 4 * sizes[0]["logits"]
+    assert sizes[1]["sampler"] > sizes[0]["sampler"]
+    bad = _config(model_folder, speculative_config='{"method": "suffix"}')
+    with pytest.raises(ValueError, match="on a GPU must have a method of ngram, auto, off so far"):
+        startup.make_plan(bad, spec=spec, device=_DEVICE)
+
+
 def test_the_interpreter_captures_nothing_unasked(model_folder: Path) -> None:
     config = dataclasses.replace(_config(model_folder), cache=CacheConfig())
     plan = startup.make_plan(config, spec=resolve(config.model).spec, device=_DEVICE)
