@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from octavo.platforms.gpu import GPUPlatform
 from octavo.types import ModelOutput, NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.gpu.arena import RequestArena, request_columns
 from octavo.worker.gpu.buffers import StepBuffers, StepSizes
+from octavo.worker.gpu.draft_planner import FixedPlanner, Speculation
 from octavo.worker.gpu.graphs import ForwardKey, GraphSizes, StepGraphs
+from octavo.worker.gpu.lookup import PromptLookup
 from octavo.worker.gpu.prefix_sharing import PrefixSharing, min_saved_partitions
 from octavo.worker.gpu.runner import GpuRunner
 from octavo.worker.gpu.runtime import HostRuntime
@@ -92,8 +95,19 @@ def step_buffers() -> StepBuffers:
 class Engine:
     """A runner in bfloat16, and what tests look into."""
 
-    def __init__(self, model: Model, *, shares: bool, graphs: GraphSizes | None = None) -> None:
-        sizes = step_sizes(hidden_size=model.spec.hidden_size, vocab_size=model.spec.vocab_size)
+    def __init__(
+        self,
+        model: Model,
+        *,
+        shares: bool,
+        graphs: GraphSizes | None = None,
+        max_drafts: int = 0,
+    ) -> None:
+        sizes = step_sizes(
+            hidden_size=model.spec.hidden_size,
+            vocab_size=model.spec.vocab_size,
+            max_drafts=max_drafts,
+        )
         runtime = make_runtime()
         self.buffers = StepBuffers.create(sizes, num_words=upload_words(sizes), device=DEVICE)
         arena = RequestArena(request_columns(sizes), num_rows=sizes.max_num_seqs, device=DEVICE)
@@ -107,6 +121,8 @@ class Engine:
             for cache in layer:
                 cache.copy_(torch.randn(cache.shape, generator=generator))
         prefixes = PrefixSharing(arena, table=table, sizes=sizes, min_saved=1) if shares else None
+        lookup = PromptLookup(arena, min_length=2, max_length=5)
+        planner = FixedPlanner(max_drafts, max_samples=sizes.max_samples)
         self.runner = GpuRunner(
             model,
             runtime=runtime,
@@ -121,6 +137,7 @@ class Engine:
             kv=kv,
             graphs=self.graphs,
             prefixes=prefixes,
+            speculation=Speculation(lookup, planner) if max_drafts else None,
         )
 
     def run(self, step: SchedulerOutput) -> tuple[ModelOutput, Tensor]:
@@ -180,6 +197,26 @@ def test_requests_that_begin_alike_get_the_bits_they_get_alone(
         if step.step == 0:  # the graph that was missing comes first
             assert sharing.runner.capture_one() and sharing.graphs.num_missing == 1
             num_attended()
+
+
+def test_requests_with_drafts_leave_the_others_to_share(
+    model: Model, num_attended: Callable[[], int]
+) -> None:
+    plain = Engine(model, shares=False)
+    sharing = Engine(model, shares=True, max_drafts=2)
+    first, second = steps()
+    assert sharing.run(first)[0].sampled_token_ids == plain.run(first)[0].sampled_token_ids
+    num_attended()
+    want, hidden = plain.run(second)
+    counts = second.num_scheduled_tokens | {"lone": 3}
+    found, found_hidden = sharing.run(
+        replace(second, num_scheduled_tokens=counts, max_drafts={"lone": 2})
+    )
+    assert num_attended() == model.spec.num_layers
+    tokens = dict(found.sampled_token_ids)
+    assert tokens.pop("lone")[0] == want.sampled_token_ids["lone"][0]
+    assert tokens.items() <= want.sampled_token_ids.items() and len(tokens) == 3
+    assert same_bits(found_hidden[:4], hidden) and len(found_hidden) == 6
 
 
 def test_a_graph_without_sharing_serves_until_the_other_is_there() -> None:
