@@ -121,6 +121,7 @@ def fake_engine(
             kv=KVCacheManager(sizes.num_blocks, block_size=cache.block_size),
             max_model_len=sizes.max_model_len,
             max_num_batched_tokens=sizes.max_num_tokens,
+            max_drafts=sizes.max_drafts,
         ),
         GpuExecutor(runner),
         MonotonicClock(),
