@@ -131,8 +131,9 @@ WRONG = [
     (["--spec-method", "ngram"], "say it in --speculative-config"),
     (["--speculative-config", "{"], "speculative_config must be JSON"),
     (["-sc", "[]"], "speculative_config must be a JSON object, got '[]'"),
-    (["-sc", '{"model": "m"}'], "speculative_config has no key 'model'; there are method, num_"),
-    (["-sc", '{"method": "eagle"}'], "method must be one of auto, ngram, suffix, off, got 'eagle'"),
+    (["-sc", '{"size": 1}'], "speculative_config has no key 'size'; there are method, num_"),
+    (["-sc", '{"method": "eagle"}'], "draft_model, off, got 'eagle'"),
+    (["-sc", '{"method": "eagle3"}'], "model"),
     (["-sc", '{"num_speculative_tokens": 0}'], "num_speculative_tokens must be from 1 to 64"),
     (
         ["-sc", '{"prompt_lookup_min": 6, "prompt_lookup_max": 4}'],
