@@ -131,7 +131,7 @@ WRONG = [
     (["--spec-method", "ngram"], "say it in --speculative-config"),
     (["--speculative-config", "{"], "speculative_config must be JSON"),
     (["-sc", "[]"], "speculative_config must be a JSON object, got '[]'"),
-    (["-sc", '{"size": 1}'], "speculative_config has no key 'size'; there are method, num_"),
+    (["-sc", '{"size": 1}'], "speculative_config has no key 'size'; there are method, model, "),
     (["-sc", '{"method": "eagle"}'], "draft_model, off, got 'eagle'"),
     (["-sc", '{"method": "eagle3"}'], "model"),
     (["-sc", '{"num_speculative_tokens": 0}'], "num_speculative_tokens must be from 1 to 64"),
