@@ -147,18 +147,10 @@ class DraftHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         rope = RopeSpec(theta=config.rope_theta, rotary_dim=config.head_dim)
         cos, sin = rotary_tables(rope, max_positions=config.max_position_embeddings)
-        # While it trains, taps are brought to one size: `fc` learns of all dimensions alike.
-        self.tap_scale: Tensor
-        self.register_buffer("tap_scale", torch.ones(_NUM_TAPS * config.hidden_size))
         self._cos: Tensor
         self._sin: Tensor
         self.register_buffer("_cos", cos, persistent=False)
         self.register_buffer("_sin", sin, persistent=False)
-
-    def features(self, taps: Tensor) -> Tensor:
-        """[B, L, 3H] -> [B, L, H]."""
-        found: Tensor = self.dropout(self.fc(taps / self.tap_scale))
-        return found
 
     def inputs(self, embedded: Tensor, feature: Tensor) -> Tensor:
         """Token vectors and features, [B, L, H] each -> what attention projects, [B, L, 2H]."""
@@ -207,10 +199,9 @@ def save_head(
     """
     config = head.config
     folder.mkdir(parents=True, exist_ok=True)
-    state = head.state_dict()
-    state["fc.weight"] = state["fc.weight"] / state.pop("tap_scale")
     tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in head.state_dict().items()
     }
     draft_ids = draft_ids.to("cpu", torch.int64)
     drafted = torch.zeros(config.vocab_size, dtype=torch.bool)
@@ -234,17 +225,14 @@ def load_head(folder: Path, *, dropout: float = 0.0) -> tuple[DraftHead, Tensor]
     for absent in ("t2d", "lm_head.weight", "embed_tokens.weight"):
         tensors.pop(absent, None)
     head = DraftHead(config, dropout=dropout)
-    weights = {name: tensor.float() for name, tensor in tensors.items()}
-    head.load_state_dict({"tap_scale": head.tap_scale, **weights})
+    head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return head, offsets + torch.arange(len(offsets))
 
 
-def start_at(head: DraftHead, *, hidden_scale: Tensor, seed: int) -> None:
-    """Weights to begin with: the last tap passes through, and the layer adds little to it yet.
+def start_like(head: DraftHead, *, final_norm: Tensor, seed: int) -> None:
+    """Weights to begin with: the last tap passes through, and what the layer adds is nothing yet.
 
-    hidden_scale: [H] size of each dimension of the target's hidden states after its final norm.
-    All sizes are those of the target's, in the taps (`scale_taps`) and in the output: a stream of
-    raw hidden states, tens of times what a layer adds to it, takes thousands of steps to turn.
+    final_norm: [H], the target's own, for the outputs live where its output matrix reads.
     """
     generator = torch.Generator().manual_seed(seed)
     size = head.config.hidden_size
@@ -254,17 +242,10 @@ def start_at(head: DraftHead, *, hidden_scale: Tensor, seed: int) -> None:
                 std = weight.shape[1] ** -0.5
                 weight.copy_(torch.empty(weight.shape).normal_(std=std, generator=generator))
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.mul_(0.3)
-        head.fc.weight.mul_(0.3)
-        head.fc.weight[:, -size:] += 0.7 * torch.eye(size)
-        head.norm.weight.copy_(hidden_scale)
-
-
-def scale_taps(head: DraftHead, scale: Tensor) -> None:
-    """Takes the size of each dimension of the taps [3H] out of `fc`, which computes the same."""
-    with torch.no_grad():
-        head.fc.weight.mul_(scale / head.tap_scale)
-        head.tap_scale.copy_(scale)
+                weight.mul_(0.1)
+        head.fc.weight.mul_(0.1)
+        head.fc.weight[:, -size:] += torch.eye(size)
+        head.norm.weight.copy_(final_norm)
 
 
 def default_layers(num_layers: int, wanted: Sequence[int] = ()) -> tuple[int, ...]:

@@ -23,8 +23,7 @@ from octavo.distill.head import (
     default_layers,
     load_head,
     save_head,
-    scale_taps,
-    start_at,
+    start_like,
 )
 from octavo.distill.measure import Acceptance, measure
 from octavo.distill.options import DistillConfig
@@ -47,8 +46,6 @@ from octavo.worker.devices import DeviceKind, choose_device
 from octavo.worker.sizing import usable_cores
 
 _log = logging.getLogger(__name__)
-# Texts to learn the sizes of hidden states from.
-_SCALE_TEXTS = 24
 _GENERATED, _STATES, _MEASURED = "generated.jsonl", "states", "acceptance.json"
 
 Measured = dict[str, Acceptance]
@@ -315,29 +312,13 @@ def _head(
         target=about,
     )
     head = DraftHead(wanted, dropout=config.train.hidden_dropout)
-    tap_scale, hidden_scale = _scales(target, generated, window=options.window)
     if options.init_from_head is None:
-        start_at(head, hidden_scale=hidden_scale, seed=config.train.seed)
-        head.tap_scale.copy_(tap_scale)
+        start_like(head, final_norm=model.norms()[-1].float().cpu(), seed=config.train.seed)
     else:
         found, draft_ids = load_head(Path(options.init_from_head))
         _check_same(found.config, wanted)
         head.load_state_dict(found.state_dict())
-        scale_taps(head, tap_scale)
     return head, _vectors(target, generated, draft_ids=draft_ids)
-
-
-def _scales(
-    target: Target, samples: Sequence[Sample], *, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Root mean squares of taps [3H] and hidden states [H], by dimension, over a few texts."""
-    part = samples[:_SCALE_TEXTS]
-    states = ComputedStates(target, part, window=window).states(range(len(part)))
-    # Not of a text's first token, whose states are unlike all others.
-    taps = torch.cat([state.taps[1:] for state in states])
-    hidden = torch.cat([state.hidden for state in states])
-    one, other = (rows.square().mean(0).sqrt().clamp(min=1e-6).cpu() for rows in (taps, hidden))
-    return one, other
 
 
 def _check_same(found: HeadConfig, wanted: HeadConfig) -> None:

@@ -37,7 +37,7 @@ def unroll(head: DraftHead, batch: Features, *, depth: int) -> Iterator[Tensor]:
     num_context, window = batch.num_context, head.config.window
     places = torch.arange(batch.taps.shape[1], device=batch.taps.device)
     answer = places[num_context:]
-    feature = head.features(batch.taps)
+    feature = head.dropout(head.fc(batch.taps))
     x = head.inputs(batch.embedded, feature)
     k0, v0 = head.keys_values(x, places=places)
     x, feature = x[:, num_context:], feature[:, num_context:]
