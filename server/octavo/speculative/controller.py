@@ -5,7 +5,6 @@ no tokens but those it passes on, no scheduler.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,19 +17,14 @@ from octavo.speculative.model_source import ModelSource
 from octavo.speculative.proposer import BatchProposer, Proposal, Proposer
 from octavo.speculative.regime import Regime
 from octavo.speculative.sources import Counting, GuardedProposer
+from octavo.speculative.trials import Trials
 from octavo.types import SchedulerOutput
 
 _NO_DRAFTS: Mapping[str, Sequence[int]] = {}
 # A step has drafts if they raise its tokens a second by so much, by what is expected.
 _MIN_GAIN = 1.02
 _PROBE_DRAFTS = 4
-# While it is on every so many steps have no drafts, and others one draft more than pays: what is
-# never tried is never known.
-_PLAIN_EVERY, _EXPLORE_EVERY = 97, 31
-# Steps of a kind that are measured before it is judged, and tries that this may take.
-_LEAST_MEASURED, _TRIES = 3, 8
-# A probe tries a draft whatever it is believed to bring, should it take less than this many steps.
-_CHEAP_TRY = 1.2
+_TRIES = 8  # steps of a kind that measuring it may take
 # Steps of more requests have no drafts: they are bound by arithmetic, where a draft costs what a
 # token does, and finding that out again and again costs more than it could gain.
 MAX_REQUESTS = 8
@@ -169,8 +163,7 @@ class AutoDrafter(Counting):
         self._seconds = seconds
         self._max_drafts = max_drafts
         self._wanted = float(min(max_drafts, _PROBE_DRAFTS))
-        self._num_drafting = 0  # steps that chose drafts, or none, so far
-        self._num_tried: Counter[int] = Counter()  # steps, by the size of what was tried
+        self._trials = Trials(self.costs, self.regime, max_tries=_TRIES)
         self._first = 0  # request that is asked first
         self._is_plain = True  # whether the step draws tokens and does nothing else
         self._is_crowd = False  # whether the step has more requests than may draft
@@ -209,14 +202,10 @@ class AutoDrafter(Counting):
     def draft(self, outlooks: Sequence[Outlook], *, num_tokens: int) -> Mapping[str, Sequence[int]]:
         if not outlooks or not self._is_plain or not self.regime.may_draft:
             return _NO_DRAFTS
-        self._num_drafting += 1
-        costs = self.costs.of(num_tokens)
-        num_plain = costs.num_measured_at(num_tokens)
-        every = min(_PLAIN_EVERY, 8 + 8 * num_plain)
-        if num_plain < _LEAST_MEASURED or self._num_drafting % every == 0:
+        if self._trials.is_plain(num_tokens):
             return _NO_DRAFTS
         began = self._seconds()
-        plain = costs.seconds(num_tokens)
+        plain = self.costs.of(num_tokens).seconds(num_tokens)
         share = _MAX_DRAFTING + _GAIN_SPENT * max(self.regime.gain, 0.0)
         found = self._propose(outlooks, until=began + max(share * plain, 2e-4))
         charged = self._seconds() - began
@@ -224,7 +213,7 @@ class AutoDrafter(Counting):
             # What it reads to catch up for the first time is no part of what drafts will take.
             found, modelled = self._ask_model(self._model, outlooks, found, num_tokens)
             charged += modelled
-        num_tried = self._num_to_try(num_tokens) if found else 0
+        num_tried = self._trials.num_drafts(num_tokens) if found else 0
         drafts, gain = self._choose(found, num_tokens, num_tried)
         self._drafting = self._seconds() - began
         self.counts.seconds_drafting += self._drafting
@@ -300,21 +289,6 @@ class AutoDrafter(Counting):
             drafts[each.request_id] = each.proposal.token_ids[:length]
             self._candidates[each.request_id] = each
         return drafts, gain
-
-    def _num_to_try(self, num_requests: int) -> int:
-        """Drafts to have in a step whether they pay or not, to learn what they cost."""
-        number = 2 + num_requests // 6
-        key = number.bit_length()
-        if self._num_tried[key] < _TRIES:
-            costs = self.costs.of(num_requests)
-            if costs.num_measured_at(num_requests + number) < _LEAST_MEASURED:
-                self._num_tried[key] += 1
-                return number
-        if self.regime.is_on:
-            return int(self._num_drafting % _EXPLORE_EVERY == 0)
-        seconds = self.costs.of(num_requests).seconds
-        is_cheap = seconds(num_requests + 1) < _CHEAP_TRY * seconds(num_requests)
-        return int(is_cheap and self.regime.is_beginning)
 
     def learn(
         self,

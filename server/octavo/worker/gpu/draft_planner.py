@@ -6,7 +6,6 @@ It is asked when a step is launched, while others run whose results are not know
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,7 +15,8 @@ import numpy as np
 from octavo.speculative.cost import StepCosts
 from octavo.speculative.last_minute import LastMinute
 from octavo.speculative.regime import Regime
-from octavo.speculative.sources import DraftCounts
+from octavo.speculative.sources import Counting
+from octavo.speculative.trials import Trials
 from octavo.types import SchedulerOutput, WorkerStats
 from octavo.worker.gpu.chances import Chances
 from octavo.worker.gpu.lookup import PromptLookup
@@ -24,13 +24,7 @@ from octavo.worker.gpu.lookup import PromptLookup
 _NOTHING: Mapping[str, int] = {}
 # A step has drafts if they raise its tokens a second by so much, by what is expected.
 _MIN_GAIN = 1.02
-# While it is on every so many steps have no drafts, and others one draft more than pays: what is
-# never tried is never known.
-_PLAIN_EVERY, _EXPLORE_EVERY = 97, 31
-# Steps of a kind that are measured before it is judged, and tries that this may take.
-_LEAST_MEASURED, _TRIES = 3, 12
-# A probe tries a draft whatever it is believed to bring, should it take less than this many steps.
-_CHEAP_TRY = 1.2
+_TRIES = 12  # steps of a kind that measuring it may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,21 +76,15 @@ class Speculation:
     planner: DraftPlanner
 
 
-class _Counting:
-    def __init__(self) -> None:
-        self.counts = DraftCounts()
-        self._told = DraftCounts()
-
+class _Counting(Counting):
     def count(self, outcome: Outcome) -> None:
         drafts = {name: range(number) for name, number in outcome.num_verified.items()}
         self.counts.add(drafts, outcome.tokens)
 
     def add_stats(self, stats: WorkerStats) -> WorkerStats:
-        if self.counts == self._told:
+        new = self.take_stats()
+        if new is None:
             return stats
-        new = self.counts.since(self._told)
-        positions = list(self.counts.accepted_per_position)
-        self._told = replace(self.counts, accepted_per_position=positions)
         return replace(
             new,
             graph_steps=stats.graph_steps,
@@ -146,8 +134,7 @@ class AutoPlanner(_Counting):
         self._max_samples = max_samples
         self._sizes = [size for size in step_sizes if size < max_samples] + [max_samples]
         self._num_requests = 0  # of the last step
-        self._num_choices = 0
-        self._num_tried: Counter[int] = Counter()  # steps, by the size of what was tried
+        self._trials = Trials(self.costs, self.regime, max_tries=_TRIES)
 
     @property
     def num_wanted(self) -> int:
@@ -166,11 +153,7 @@ class AutoPlanner(_Counting):
         is_plain = all(count == 1 + rooms.get(name, 0) for name, count in counts.items())
         if not rooms or not is_plain or not self.regime.may_draft:
             return _NOTHING
-        self._num_choices += 1
-        curve = self.costs.of(num_requests)
-        num_plain = curve.num_measured_at(num_requests)
-        every = min(_PLAIN_EVERY, 8 + 8 * num_plain)
-        if num_plain < _LEAST_MEASURED or self._num_choices % every == 0:
+        if self._trials.is_plain(num_requests):
             return _NOTHING
         return self._best(rooms, num_requests)
 
@@ -195,7 +178,7 @@ class AutoPlanner(_Counting):
                 best, number, gain = rate, drafts, rate / plain - 1.0
             if drafts == most:
                 break
-        tried = self._num_to_try(num_requests)
+        tried = self._trials.num_drafts(num_requests)
         if tried:
             number = min(max(number + 1, tried), most)
         if tried < 2:  # else it says nothing yet of what would pay
@@ -205,21 +188,6 @@ class AutoPlanner(_Counting):
             if not drafts:
                 self.chances.pass_over(name)
         return {name: drafts for name, drafts in zip(names, each, strict=True) if drafts}
-
-    def _num_to_try(self, num_requests: int) -> int:
-        """Drafts to have in a step whether they pay or not, to learn what they cost."""
-        number = 2 + num_requests // 6
-        key = number.bit_length()
-        if self._num_tried[key] < _TRIES:
-            costs = self.costs.of(num_requests)
-            if costs.num_measured_at(num_requests + number) < _LEAST_MEASURED:
-                self._num_tried[key] += 1
-                return number
-        if self.regime.is_on:
-            return int(self._num_choices % _EXPLORE_EVERY == 0)
-        seconds = self.costs.of(num_requests).seconds
-        is_cheap = seconds(num_requests + 1) < _CHEAP_TRY * seconds(num_requests)
-        return int(is_cheap and self.regime.is_beginning)
 
     def learn(self, outcome: Outcome) -> None:
         self.regime.pass_step(outcome.seconds)
