@@ -101,3 +101,10 @@ def test_what_does_not_go_together() -> None:
         chosen({}, quantization="gguf")
     with pytest.raises(ValueError, match="must be one of auto, none, int8, int4, gguf, got 'awq'"):
         ModelConfig(quantization="awq")  # type: ignore[arg-type]
+
+
+def test_smaller_modes_keep_a_files_own_four_bits() -> None:
+    assert Quantization(mode="int8", stored=Q4).smaller == ("gguf",)
+    assert Quantization(mode="int8", stored={"a": "Q8_0"}).smaller == ("int4",)
+    assert Quantization().smaller == ("int8", "int4")
+    assert Quantization(mode="gguf", stored=Q4).smaller == ()

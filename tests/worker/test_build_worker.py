@@ -12,6 +12,7 @@ import torch
 
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
+from octavo.worker import startup
 from octavo.worker.executor import InlineExecutor, ThreadExecutor
 from octavo.worker.worker import build_worker
 from octavo_kernels import parallel
@@ -134,3 +135,20 @@ def test_a_device_that_is_not_there_is_refused(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="device cuda cannot be used: torch finds no CUDA device"):
         build_worker(config(model_folder, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "smaller"),
+    [
+        ("none", "--quantization int8 or --quantization int4"),
+        ("int8", "--quantization int4"),
+        ("int4", "smaller models"),
+    ],
+)
+def test_weights_that_do_not_fit_the_memory_are_refused_before_they_are_read(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, smaller: str
+) -> None:
+    monkeypatch.setattr(startup, "available_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match="more than the 0.00 GiB of memory") as raised:
+        build_worker(config(model_folder, quantization=quantization))
+    assert str(raised.value).endswith(f"less take {smaller}")

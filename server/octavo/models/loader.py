@@ -44,6 +44,10 @@ def kv_dtype(name: KVDType, *, device: str) -> torch.dtype:
     return torch.int8
 
 
+class TooLarge(ValueError):
+    """Weights that do not fit the memory."""
+
+
 def load_model(
     files: ModelFiles,
     spec: ModelSpec,
@@ -52,13 +56,15 @@ def load_model(
     dtype: torch.dtype,
     seed: int = 0,
     max_model_len: int | None = None,
+    most_bytes: int | None = None,
 ) -> Model:
     """The model of ``files`` with weights as ``dtype``, or as the platform quantises them, ready
     to run on it.
 
     ``max_model_len``: longest request it will be asked for, default ``spec.max_model_len``.
     ``seed`` is that of random weights (format ``dummy``). Raises `ValueError` naming the file and
-    tensor for what is missing, unexpected, misshapen or cut short.
+    tensor for what is missing, unexpected, misshapen or cut short, and `TooLarge` for weights of
+    more than ``most_bytes``, before any is read.
     """
     model = MODELS[spec.architecture](
         spec,
@@ -66,6 +72,12 @@ def load_model(
         dtype=dtype,
         max_model_len=max_model_len or spec.max_model_len,
     )
+    # Weights are zeros until now, which take no memory before they are written.
+    if most_bytes is not None and model.weight_bytes > most_bytes:
+        raise TooLarge(
+            f"the weights of {files.name} take {model.weight_bytes / 2**30:.2f} GiB, more than the "
+            f"{most_bytes / 2**30:.2f} GiB of memory that are free"
+        )
     try:
         with loading_threads() as pool:
             if files.format == "dummy":

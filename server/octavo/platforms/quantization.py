@@ -61,6 +61,13 @@ class Quantization:
             return kind
         return (_MADE_TABLES if is_table else _MADE)[self.mode]
 
+    @property
+    def smaller(self) -> tuple[str, ...]:
+        """Modes that take less memory, the finest first."""
+        has_four_bits = {"Q4_0", "Q4_1"} & set(self.stored.values())
+        least = "gguf" if has_four_bits else "int4"
+        return {"none": ("int8", least), "int8": (least,)}.get(self.mode, ())
+
     def changed(self, names: Sequence[str], *, kind: Kind | None) -> list[str]:
         """Those of a stack that are not kept as the file has them, though that was the mode:
         as ``name (type)``."""

@@ -11,7 +11,7 @@ import torch
 
 from octavo.checkpoint import ModelFiles, ModelSpec
 from octavo.config import EngineConfig, SpeculativeConfig
-from octavo.models import Model, kv_cache_spec, kv_dtype, load_model, weight_dtype
+from octavo.models import Model, TooLarge, kv_cache_spec, kv_dtype, load_model, weight_dtype
 from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.quantization import Quantization, choose, listed
 from octavo.sampling import Sampler
@@ -84,7 +84,8 @@ def load(
 ) -> tuple[Model, tuple[Kind, ...]]:
     """The model with its weights, and the kinds of blocks that they are kept in.
 
-    Raises ValueError for a context the model was not made for.
+    Raises ValueError for a context the model was not made for and for weights that do not fit the
+    memory.
     """
     wanted = config.model.max_model_len
     if wanted is not None and wanted > spec.max_model_len and spec.rope.kind != "dynamic":
@@ -93,14 +94,19 @@ def load(
             f"was made for, got {wanted}"
         )
     platform = CPUPlatform(precision.quantization)
-    model = load_model(
-        files,
-        spec,
-        platform=platform,
-        dtype=precision.dtype,
-        seed=config.model.seed % 2**63,
-        max_model_len=wanted,
-    )
+    try:
+        model = load_model(
+            files,
+            spec,
+            platform=platform,
+            dtype=precision.dtype,
+            seed=config.model.seed % 2**63,
+            max_model_len=wanted,
+            most_bytes=available_memory(),
+        )
+    except TooLarge as error:
+        modes = " or ".join(f"--quantization {mode}" for mode in precision.quantization.smaller)
+        raise ValueError(f"{error}; less take {modes or 'smaller models'}") from None
     if platform.changed:
         _log.warning(
             "%d of %d matrices cannot be kept as the file has them and become q8_0: %s",
