@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import logging
 import os
+import pickle
 import secrets
 import sys
 import tempfile
@@ -24,7 +25,12 @@ from typing import Any
 
 import numba
 from numba.core.bytecode import FunctionIdentity
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
+from numba.core.caching import (
+    CompileResultCacheImpl,
+    FunctionCache,
+    IndexDataCacheFile,
+    NullCache,
+)
 from numba.core.registry import cpu_target
 
 _PACKAGE = __name__.partition(".")[0]
@@ -90,6 +96,32 @@ class _Locator:
 
     def get_disambiguator(self) -> str:
         return "0"
+
+
+class _SealedFiles(IndexDataCacheFile):
+    """Index and data of one function. Data bear a digest: of damaged code LLVM may end the process
+    instead of raising. An index that cannot be read is as good as none."""
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            found: dict[Any, str] = super()._load_index()
+        except OSError:
+            raise
+        except Exception as error:
+            _log.debug("unreadable index of machine code: %r", error)
+            return {}
+        return found
+
+    def _save_data(self, name: str, data: Any) -> None:
+        dumped = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(hashlib.sha256(dumped).digest() + dumped)
+
+    def _load_data(self, name: str) -> Any:
+        sealed = Path(self._data_path(name)).read_bytes()
+        if hashlib.sha256(sealed[32:]).digest() != sealed[:32]:
+            raise ValueError("damaged")
+        return pickle.loads(sealed[32:])
 
 
 def _directories() -> list[Path]:
@@ -178,6 +210,14 @@ def _directory_cache(function: Callable[..., Any], directory: Path, stamp: str) 
 
     class LocatedCache(FunctionCache):
         _impl_class = Located
+
+        def __init__(self, py_func: Callable[..., Any]) -> None:
+            super().__init__(py_func)
+            self._cache_file = _SealedFiles(
+                cache_path=self._cache_path,
+                filename_base=self._impl.filename_base,
+                source_stamp=self._impl.locator.get_source_stamp(),
+            )
 
     make: Any = LocatedCache
     return make(function)

@@ -179,6 +179,32 @@ def test_a_process_ends_with_the_one_that_started_it(folder: Path) -> None:
     assert process.wait(30) == 3
 
 
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("ending", ["nbc", "nbi"])
+def test_damaged_machine_code_is_compiled_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str, place: float
+) -> None:
+    """A byte that changed on disk: LLVM would end the process when it reads some of them."""
+    assert compiled_here(few_kernels()[:1], monkeypatch) == 1
+    (file,) = folder.rglob(f"*.{ending}")
+    code = bytearray(file.read_bytes())
+    code[int(len(code) * place)] ^= 0xFF
+    file.write_bytes(code)
+    assert compiled_here(few_kernels()[:1], monkeypatch) == 1
+    assert compiled_here(few_kernels()[:1], monkeypatch) == 0
+
+
+@pytest.mark.parametrize("ending", ["nbc", "nbi"])
+def test_machine_code_cut_short_is_compiled_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    assert compiled_here(few_kernels()[:1], monkeypatch) == 1
+    (file,) = folder.rglob(f"*.{ending}")
+    file.write_bytes(file.read_bytes()[:40])
+    assert compiled_here(few_kernels()[:1], monkeypatch) == 1
+    assert compiled_here(few_kernels()[:1], monkeypatch) == 0
+
+
 def test_shares_are_balanced_longest_first() -> None:
     from octavo_kernels import matmul, paged_attention, sampling
 
