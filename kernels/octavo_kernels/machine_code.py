@@ -102,25 +102,26 @@ class _SealedFiles(IndexDataCacheFile):
     """Index and data of one function. Data bear a digest: of damaged code LLVM may end the process
     instead of raising. An index that cannot be read is as good as none."""
 
-    def _load_index(self) -> dict[Any, str]:
+    def _load_index(self) -> Any:
         try:
-            found: dict[Any, str] = super()._load_index()
+            return super()._load_index()  # type: ignore[no-untyped-call]
         except OSError:
             raise
         except Exception as error:
             _log.debug("unreadable index of machine code: %r", error)
             return {}
-        return found
 
     def _save_data(self, name: str, data: Any) -> None:
-        dumped = self._dump(data)
-        with self._open_for_write(self._data_path(name)) as file:
+        dumped = self._dump(data)  # type: ignore[no-untyped-call]
+        path = self._data_path(name)  # type: ignore[no-untyped-call]
+        with self._open_for_write(path) as file:
             file.write(hashlib.sha256(dumped).digest() + dumped)
 
     def _load_data(self, name: str) -> Any:
-        sealed = Path(self._data_path(name)).read_bytes()
+        path = self._data_path(name)  # type: ignore[no-untyped-call]
+        sealed = Path(path).read_bytes()
         if hashlib.sha256(sealed[32:]).digest() != sealed[:32]:
-            raise ValueError("damaged")
+            raise ValueError(f"{path} is damaged")
         return pickle.loads(sealed[32:])
 
 
@@ -211,13 +212,12 @@ def _directory_cache(function: Callable[..., Any], directory: Path, stamp: str) 
     class LocatedCache(FunctionCache):
         _impl_class = Located
 
-        def __init__(self, py_func: Callable[..., Any]) -> None:
-            super().__init__(py_func)
-            self._cache_file = _SealedFiles(
-                cache_path=self._cache_path,
-                filename_base=self._impl.filename_base,
-                source_stamp=self._impl.locator.get_source_stamp(),
-            )
-
     make: Any = LocatedCache
-    return make(function)
+    found = make(function)
+    sealed: Any = _SealedFiles
+    found._cache_file = sealed(
+        cache_path=found.cache_path,
+        filename_base=found._impl.filename_base,
+        source_stamp=stamp,
+    )
+    return found
