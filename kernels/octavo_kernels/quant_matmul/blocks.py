@@ -192,8 +192,8 @@ def _launch(
     next_rows: what out_at are, if they are records.
     """
     path = _supported(path)
-    most = -(-n // (LANES * panels_at_once))
-    parts, x_at = min(most, _PARTS_PER_THREAD * num_threads()), 0
+    most = -(-n // (LANES * (panels_at_once if gate else 2)))
+    parts, x_at = _even_parts(most), 0
     if isinstance(x, Tensor):
         num_rows, k = x.shape
         is_alone = num_rows * weight.n * k < _ALONE
@@ -223,6 +223,15 @@ def _launch(
         0 if next_rows is None else next_rows.block,
         0 if next_rows is None else next_rows.zero,
     )
+
+
+def _even_parts(units: int) -> int:
+    """Of so many units of work: some for each thread, and alike where that can be."""
+    threads = num_threads()
+    for parts in range(_PARTS_PER_THREAD * threads, threads - 1, -threads):
+        if units % parts == 0:
+            return parts
+    return min(units, _PARTS_PER_THREAD * threads)
 
 
 def gather_rows(weight: BlockWeight, ids: Tensor) -> Tensor:

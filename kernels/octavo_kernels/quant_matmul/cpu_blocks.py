@@ -4,10 +4,12 @@ Knows addresses, no tensors. Activations are records (`cpu_records`); a part of 
 of panels, and a panel stays in the first-level cache while every chunk of rows meets it.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.core import types
@@ -16,14 +18,16 @@ from octavo_kernels.matmul.cpu import read_id, refuse_row
 from octavo_kernels.parallel import Kernel, device, kernel
 from octavo_kernels.quant_matmul.cpu_blocks_tile import (
     FORMATS,
+    PANEL_SUMS_BYTES,
+    SUM_BYTES,
     Kind,
     make_tiles,
     tile_height,
 )
 from octavo_kernels.quant_matmul.cpu_dot import CpuPath
 from octavo_kernels.quant_matmul.cpu_records import (
-    CHUNK_ROWS,
     block_quantiser,
+    chunk_height,
     chunk_start,
     num_chunks,
     record_bytes,
@@ -46,16 +50,17 @@ from octavo_kernels.simd import (
 from octavo_kernels.vectors import F32, vector_op
 
 # How far ahead of their sums tiles of fewer than _AHEAD_ROWS rows ask for weights: they wait for
-# memory. Others have the time to ask for the panel after theirs.
+# memory. Others have the time to ask for the panels after theirs.
 _AHEAD_BYTES = 2560
 _AHEAD_ROWS = 5
 # The gate a matmul may end with; 0 is none.
 SILU, GELU = 1, 2
-_SUM_BYTES = 4 * LANES  # of a row in a tile's sums
-_TILE_BYTES = CHUNK_ROWS * _SUM_BYTES  # of a tile's sums
-# Of the sums of as many panels as a record takes. Behind them are those that they gate.
-_SUMS_BYTES = max(form.block for form in FORMATS.values()) // LANES * _TILE_BYTES
-_scratch = stack_bytes(2 * _SUMS_BYTES)
+# Chunks of rows that meet a unit's panels one after the other before their sums are used.
+_GROUP_CHUNKS = 3
+_TILE_BYTES = 2 * PANEL_SUMS_BYTES  # of a tile's sums, and of the panels that gate others
+# Of the sums of as many panels as a record takes.
+_CHUNK_BYTES = max(form.block for form in FORMATS.values()) // LANES * _TILE_BYTES
+_scratch = stack_bytes(_GROUP_CHUNKS * _CHUNK_BYTES)
 _quantise_32, _quantise_64 = block_quantiser(32), block_quantiser(64)
 
 
@@ -78,21 +83,21 @@ def _rows_of_tile(left: int, most: int) -> int:
 
 @device
 def _gate(sums: int, panels: int, rows: int, gate: int) -> None:
-    """sums = act(sums) * ups for some panels of a tile."""
+    """sums = act(sums) * ups for some panels of a chunk; each is followed by its ups."""
     for panel in range(sums, sums + panels * _TILE_BYTES, _TILE_BYTES):
-        for at in range(panel, panel + rows * _SUM_BYTES, _SUM_BYTES):
-            value, up = load_f32(at), load_f32(at + _SUMS_BYTES)
+        for at in range(panel, panel + rows * SUM_BYTES, SUM_BYTES):
+            value, up = load_f32(at), load_f32(at + PANEL_SUMS_BYTES)
             store_f32(at, gate_silu(value, up) if gate == SILU else gate_gelu(value, up))
 
 
 @device
 def _put(
-    sums: int, stride: int, rows: int, row: int, column: int, n: int, out: int, bias: int, more: int
+    sums: int, rows: int, row: int, column: int, n: int, out: int, bias: int, more: int
 ) -> None:
-    """out = (sums + bias) + more over a tile at (row, column); either may be absent (address 0)."""
+    """out = (sums + bias) + more over a panel; either may be absent (address 0)."""
     mask = first_lanes(n - column)
     for r in range(rows):
-        value, shift = load_f32(sums + r * stride), 4 * ((row + r) * n + column)
+        value, shift = load_f32(sums + r * SUM_BYTES), 4 * ((row + r) * n + column)
         if bias != 0:
             value = add(value, load_f32_masked(bias + 4 * column, mask))
         if more != 0:
@@ -102,9 +107,9 @@ def _put(
 
 @device
 def _put_records(sums: int, rows: int, out: int, place: int, block: int, zero: int) -> None:
-    """Quantises a tile's sums, those of a block, into records place.. of out."""
+    """Quantises a chunk's sums, those of a block, into records place.. of out."""
     to = out + place * (block + 8)
-    for at in range(sums, sums + rows * _SUM_BYTES, _SUM_BYTES):
+    for at in range(sums, sums + rows * SUM_BYTES, SUM_BYTES):
         if block == 32:
             _quantise_32(at, _TILE_BYTES, to, zero)
         else:
@@ -112,30 +117,116 @@ def _put_records(sums: int, rows: int, out: int, place: int, block: int, zero: i
         to += block + 8
 
 
+class _Out(NamedTuple):
+    """What becomes of sums: as `matmul_kernel` has it."""
+
+    at: int
+    bias: int
+    residual: int
+    n: int
+    gate: int
+    next_block: int
+    next_zero: int
+
+
+@device
+def _panels_of_unit(out):
+    """(pairs of a unit, panels of out that each has). The second panel of a pair gates the first,
+    or is the one behind it."""
+    return 1 if out.next_block == 0 else out.next_block // LANES, 1 if out.gate != 0 else 2
+
+
+@device
+def _finish(out, sums, unit, row, rows):
+    """Gates, quantises or puts out a chunk's sums of a unit."""
+    step, width = _panels_of_unit(out)
+    if out.gate != 0:
+        _gate(sums, step, rows, out.gate)
+    if out.next_block != 0:
+        place = row * (out.n // out.next_block) + unit * rows
+        _put_records(sums, rows, out.at, place, out.next_block, out.next_zero)
+        return
+    for panel in range(width):
+        column = (unit * width + panel) * LANES
+        if column < out.n:
+            _put(sums + panel * PANEL_SUMS_BYTES, rows, row, column, out.n, out.at, out.bias,
+                 out.residual)  # fmt: skip
+
+
+class _Pair(NamedTuple):
+    """Two panels that meet rows together, and of which each tile asks for a share of the next."""
+
+    w: int
+    v: int  # 0 where there is only one
+    fetch_w: int
+    fetch_v: int
+    span: int  # bytes that a tile asks for with each block; 0: none
+    shift: int  # bytes between two tiles' shares
+
+
+@cache
+def _chunk_runner(kind: Kind, path: CpuPath) -> Any:
+    """Device function for the tiles of a chunk's rows and two panels."""
+    run_tile, tile_rows = make_tiles(kind, path), tile_height(path)
+    size = record_bytes(FORMATS[kind].block)
+
+    def run_chunk(pair: Any, rows: int, chunk: int, records: int, blocks: int, sums: int) -> None:
+        row, shift = 0, chunk * pair.shift
+        while row < rows:
+            height = _rows_of_tile(rows - row, tile_rows)
+            run_tile(height, records + row * size, rows * size, pair.w, pair.v, blocks,
+                     sums + row * SUM_BYTES, pair.fetch_w + shift, pair.fetch_v + shift,
+                     pair.span if row == 0 else 0)  # fmt: skip
+            row += height
+
+    run_chunk.__qualname__ = f"run_chunk_{kind}_{path}"
+    return device(run_chunk)
+
+
+@device
+def _pair_at(
+    w: int, v: int, next_w: int, next_v: int, num_rows: int, blocks: int, size: int
+) -> Any:
+    """A pair whose following one is at next_w and next_v (0: none); a block of a panel has `size`
+    bytes."""
+    if num_rows < _AHEAD_ROWS:
+        return _Pair(w, v, w + _AHEAD_BYTES, v + _AHEAD_BYTES, size, 0)
+    if next_w == 0:
+        return _Pair(w, v, w, w, 0, 0)
+    chunks = num_chunks(num_rows)
+    span = (size + chunks - 1) // chunks
+    return _Pair(w, v, next_w, next_v, span, span * blocks)
+
+
 @cache
 def _unit_runner(kind: Kind, path: CpuPath) -> Any:
-    """Device function for a tile's rows and some panels side by side, and as many from `ups` on
-    where that is not 0: the sums of a panel lie behind those of the one before it."""
-    run_tile, piece_bytes = make_tiles(kind, path), FORMATS[kind].panel_bytes
+    """Device function for all rows and a unit of panels, those that a record of out takes.
 
-    def run_unit(
-        rows: int,
-        at: int,
-        x_stride: int,
-        first: int,
-        ups: int,
-        panels: int,
-        blocks: int,
-        to: int,
-        stride: int,
-        ahead: int,
-    ) -> None:
-        # One place that calls: tiles are long to compile.
-        for job in range(panels if ups == 0 else 2 * panels):
-            is_up, which = (0, job) if ups == 0 else (job & 1, job >> 1)
-            piece = (ups if is_up else first) + which * blocks * piece_bytes
-            sums = to + which * _TILE_BYTES + is_up * _SUMS_BYTES
-            run_tile(rows, at, x_stride, piece, blocks, sums, stride, ahead)
+    Asks for the panels before `end` that come next.
+    """
+    run_chunk, piece_bytes = _chunk_runner(kind, path), FORMATS[kind].panel_bytes
+    size = record_bytes(FORMATS[kind].block)
+
+    def run_unit(out, w, records, num_rows, blocks, unit, end, sums):
+        num_panels, panel_bytes = (out.n + LANES - 1) // LANES, blocks * piece_bytes
+        chunks, (step, width) = num_chunks(num_rows), _panels_of_unit(out)
+        second = (num_panels if out.gate != 0 else 1) * panel_bytes
+        for group in range(0, chunks, _GROUP_CHUNKS):
+            last = min(chunks, group + _GROUP_CHUNKS)
+            for index in range(step):
+                panel = (unit * step + index) * width
+                first = w + panel * panel_bytes
+                other = first + second if out.gate != 0 or panel + 1 < num_panels else 0
+                after = first + width * panel_bytes if panel + width < end * step * width else 0
+                pair = _pair_at(first, other, after, after + second, num_rows, blocks, piece_bytes)
+                for chunk in range(group, last):
+                    row = chunk_start(chunk, num_rows)
+                    at = sums + (chunk - group) * _CHUNK_BYTES + index * _TILE_BYTES
+                    run_chunk(pair, chunk_height(chunk, num_rows), chunk,
+                              records + row * blocks * size, blocks, at)  # fmt: skip
+            for chunk in range(group, last):
+                row, rows = chunk_start(chunk, num_rows), chunk_height(chunk, num_rows)
+                _finish(out, sums + (chunk - group) * _CHUNK_BYTES, unit, row, rows)
 
     run_unit.__qualname__ = f"run_unit_{kind}_{path}"
     return device(run_unit)
@@ -151,9 +242,7 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
     and out is act(x @ G^T) * (x @ U^T). With a gate and a next_block (else 0), n % next_block == 0
     and out are records of that, for weights of such blocks and of next_zero.
     """
-    run_unit, tile_rows = _unit_runner(kind, path), tile_height(kind, path)
-    form = FORMATS[kind]
-    piece_bytes, zero, block = form.panel_bytes, form.zero, form.block
+    run_unit, zero, block = _unit_runner(kind, path), FORMATS[kind].zero, FORMATS[kind].block
     quantise_rows, size = row_quantiser(block), record_bytes(block)
 
     def body(
@@ -176,37 +265,12 @@ def matmul_kernel(kind: Kind, path: CpuPath) -> Kernel:
         if x != 0:
             records += part * num_rows * blocks * size
             quantise_rows(x, records, num_rows, k, zero, 0, num_rows)
-        num_panels, panel_bytes = (n + LANES - 1) // LANES, blocks * piece_bytes
-        next_panel = _AHEAD_BYTES if num_rows < _AHEAD_ROWS else panel_bytes
-        sums, chunks = _scratch(), num_chunks(num_rows)
-        step = 1 if next_block == 0 else next_block // LANES
-        units = num_panels // step
-        for unit in range(part * units // num_parts, (part + 1) * units // num_parts):
-            panel, start = unit * step, 0
-            is_direct = gate == 0 and n - panel * LANES >= LANES
-            for chunk in range(chunks):
-                end = num_rows if chunks == 1 else chunk_start(chunk + 1, num_rows)
-                row = start
-                while row < end:
-                    rows = _rows_of_tile(end - row, tile_rows)
-                    at = records + (start * blocks + row - start) * size
-                    spot, stride = sums, _SUM_BYTES
-                    if is_direct:
-                        spot, stride = out + 4 * (row * n + panel * LANES), 4 * n
-                    # Once is enough, and in vain for later chunks costs a tenth of their time.
-                    ahead = next_panel if row == 0 else 0
-                    x_stride, piece = (end - start) * size, w + panel * panel_bytes
-                    ups = 0 if gate == 0 else piece + num_panels * panel_bytes
-                    run_unit(rows, at, x_stride, piece, ups, step, blocks, spot, stride, ahead)
-                    if gate != 0:
-                        _gate(sums, step, rows, gate)
-                    if next_block != 0:
-                        place = start * (n // next_block) + unit * (end - start) + row - start
-                        _put_records(sums, rows, out, place, next_block, next_zero)
-                    elif not is_direct or bias != 0 or residual != 0:
-                        _put(spot, stride, rows, row, panel * LANES, n, out, bias, residual)
-                    row += rows
-                start = end
+        target, sums = _Out(out, bias, residual, n, gate, next_block, next_zero), _scratch()
+        step, width = _panels_of_unit(target)
+        units = (n + step * width * LANES - 1) // (step * width * LANES)
+        end = (part + 1) * units // num_parts
+        for unit in range(part * units // num_parts, end):
+            run_unit(target, w, records, num_rows, blocks, unit, end, sums)
 
     body.__name__ = f"matmul_blocks_{kind}_{path}"
     return kernel(body)

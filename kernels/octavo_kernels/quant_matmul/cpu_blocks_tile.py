@@ -26,7 +26,7 @@ from octavo_kernels.quant_matmul.cpu_dot import (
     emit_dot,
     splat_i32,
 )
-from octavo_kernels.quant_matmul.cpu_records import record_bytes
+from octavo_kernels.quant_matmul.cpu_records import CHUNK_ROWS, record_bytes
 from octavo_kernels.vectors import F16, F32, I32, I64, LANES, call_llvm, pointer
 
 Kind = Literal["q4_0", "q4_1", "q8_0", "q8_64"]
@@ -72,18 +72,26 @@ FiledKind = Literal["q4_0", "q4_1", "q8_0"]
 FILED: tuple[FiledKind, ...] = get_args(FiledKind)
 FILED_BLOCK = 32
 
-# Of the largest tile, which has an integer and a float sum for each row and spills nothing: 12
-# rows fill 29 of AVX-512's 32 registers; of AVX2's 16, products without VNNI need more.
+# Of the largest tile. With AVX-512 12 rows by two panels have their integer sums in 24 of 32
+# registers and their float sums in the first-level cache. Of AVX2's 16 registers products without
+# VNNI need more than those with it.
 _TILE_ROWS: dict[CpuPath, int] = {"avx512_vnni": 12, "avx_vnni": 5, "avx2": 3, "generic": 2}
-# With this many the float sums of a few live in the first-level cache, which costs less than
-# unpacking 4-bit weights for two tiles; and blocks of 64 touch them half as often.
-_TALL_ROWS = 16
+# Below this many rows a tile takes one panel: it waits for memory, and one stream is best.
+_PAIR_ROWS = 5
+# Into the second-level cache, which holds far more than is under way.
+_LEVEL = 2
+SUM_BYTES = 4 * LANES  # of a row in a tile's sums of a panel
+PANEL_SUMS_BYTES = CHUNK_ROWS * SUM_BYTES  # from a panel's sums to those of the tile's next panel
 
 
-def tile_height(kind: Kind, path: CpuPath) -> int:
+def tile_height(path: CpuPath) -> int:
     """Rows of the largest tile."""
-    is_tall = path == "avx512_vnni" and kind != "q8_0"
-    return _TALL_ROWS if is_tall else _TILE_ROWS[path]
+    return _TILE_ROWS[path]
+
+
+def tile_panels(rows: int, path: CpuPath) -> int:
+    """Panels that a tile of some rows takes at once: each broadcast of activations serves all."""
+    return 2 if path == "avx512_vnni" and rows >= _PAIR_ROWS else 1
 
 
 class _Integers:
@@ -110,9 +118,13 @@ class _Integers:
         word = b.load(pointer(b, b.add(record, I64(offset)), I32), align=4)
         return splat_i32(b, word, self._lanes)
 
-    def add(self, total: Any, words: Any, record: Any, quad: int) -> Any:
+    def quad(self, record: Any, quad: int) -> Any:
+        """Four s8 codes of a record in every lane."""
+        return self._spread(record, 4 * quad)
+
+    def add(self, total: Any, words: Any, right: Any) -> Any:
         """total + four products a lane: words of u8 codes times a quad of s8 codes."""
-        b, right = self._b, self._spread(record, 4 * quad)
+        b = self._b
         if not self._pairs:
             return emit_dot(b, self._path, total, words, right)
         octets = ir.VectorType(ir.IntType(8), 4 * self._lanes)
@@ -137,7 +149,7 @@ class _Piece:
         self._first, self._lanes = first, CHUNK_LANES[path]
         self._floats = ir.VectorType(F32, self._lanes)
 
-    def _words(self, i: int, kind: ir.VectorType) -> list[tuple[int, Any]]:
+    def words(self, i: int, kind: ir.VectorType) -> list[tuple[int, Any]]:
         """The i-th words as codes, with the quads of K that they are for."""
         b, where = self._b, self._b.add(self._at, I64(64 * i + 4 * self._first))
         words = b.load(pointer(b, where, kind), align=4)
@@ -147,10 +159,57 @@ class _Piece:
         high = b.lshr(words, ir.Constant(kind, [4] * self._lanes))
         return [(i, b.and_(words, low)), (i + 4, b.and_(high, low))]
 
-    def _halves(self, offset: int) -> Any:
+    def halves(self, offset: int) -> Any:
         b, kind = self._b, ir.VectorType(F16, self._lanes)
         where = b.add(self._at, I64(self._form.code_bytes + offset + 2 * self._first))
         return b.fpext(b.load(pointer(b, where, kind), align=2), self._floats)
+
+
+class _Tile:
+    """A tile's loop over blocks, for the path's lanes from the output `first` on."""
+
+    def __init__(
+        self, b: Any, args: list[Any], rows: int, kind: Kind, path: CpuPath, first: int
+    ) -> None:
+        self._b, self._rows, self._path, self._first = b, rows, path, first
+        self._form, self._lanes = FORMATS[kind], CHUNK_LANES[path]
+        self._panels = tile_panels(rows, path)
+        self._floats = ir.VectorType(F32, self._lanes)
+        self._x, self._x_stride, w, v, self._blocks, self._out, fetch_w, fetch_v, span = args
+        self._weights, self._fetches = (w, v)[: self._panels], (fetch_w, fetch_v)[: self._panels]
+        self._span = span
+        # Else they would be spilled, and that of a register or two more than need be.
+        self._in_memory = self._panels > 1
+
+    def emit(self) -> None:
+        """Emits all of it."""
+        b, zero = self._b, ir.Constant(self._floats, None)
+        places = [self._place(p, r) for p in range(self._panels) for r in range(self._rows)]
+        for place in places if self._in_memory else ():
+            b.store(zero, place, align=4)
+        before, loop, after = b.block, b.append_basic_block("blocks"), b.append_basic_block("end")
+        b.branch(loop)
+        b.position_at_end(loop)
+        index = b.phi(I64)
+        index.add_incoming(I64(0), before)
+        phis = [] if self._in_memory else [b.phi(self._floats) for _ in places]
+        for phi in phis:
+            phi.add_incoming(zero, before)
+        if self._first == 0:
+            self._emit_fetches(index)
+        sums = self._emit_block(index, phis, places)
+        following = b.add(index, I64(1))
+        index.add_incoming(following, b.block)
+        for phi, value in zip(phis, sums, strict=True):
+            phi.add_incoming(value, b.block)
+        b.cbranch(b.icmp_signed("<", following, self._blocks), loop, after)
+        b.position_at_end(after)
+        for value, place in zip(sums, places if phis else (), strict=True):
+            b.store(value, place, align=4)
+
+    def _place(self, panel: int, row: int) -> Any:
+        at = panel * PANEL_SUMS_BYTES + row * SUM_BYTES + 4 * self._first
+        return pointer(self._b, self._b.add(self._out, I64(at)), self._floats)
 
     def _spread(self, record: Any, offset: int) -> Any:
         where = pointer(self._b, self._b.add(record, I64(offset)), F32)
@@ -159,96 +218,100 @@ class _Piece:
     def _fma(self, x: Any, y: Any, z: Any) -> Any:
         return call_llvm(self._b, f"llvm.fma.v{self._lanes}f32", self._floats, [x, y, z])
 
-    def emit_sums(self, values: list[Any], records: list[Any]) -> list[Any]:
-        """Emits the sums of some rows so far, plus this block."""
-        b, integers = self._b, _Integers(self._b, self._path, self._form)
-        totals = [integers.start(record) for record in records]
-        for i in range(self._form.code_bytes // 64):
-            for quad, codes in self._words(i, integers.kind):
+    def _emit_fetches(self, index: Any) -> None:
+        """Asks for the next `span` bytes of what each panel fetches, line by line."""
+        b, done = self._b, self._b.mul(index, self._span)
+        before, loop, after = b.block, b.append_basic_block("fetch"), b.append_basic_block("block")
+        b.cbranch(b.icmp_signed(">", self._span, I64(0)), loop, after)
+        b.position_at_end(loop)
+        at = b.phi(I64)
+        at.add_incoming(I64(0), before)
+        for fetch in self._fetches:
+            where = pointer(b, b.add(b.add(fetch, done), at), I32)
+            call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(_LEVEL), I32(1)])
+        following = b.add(at, I64(64))
+        at.add_incoming(following, loop)
+        b.cbranch(b.icmp_signed("<", following, self._span), loop, after)
+        b.position_at_end(after)
+
+    def _emit_block(self, index: Any, phis: list[Any], places: list[Any]) -> list[Any]:
+        """Emits the sums so far plus a block: of phis, or where there are none at their places."""
+        b, form, path, rows = self._b, self._form, self._path, range(self._rows)
+        shift = b.mul(index, I64(form.panel_bytes))
+        pieces = [_Piece(b, b.add(w, shift), form, path, self._first) for w in self._weights]
+        record = b.add(self._x, b.mul(index, self._x_stride))
+        records = [b.add(record, I64(r * record_bytes(form.block))) for r in rows]
+        integers = _Integers(b, path, form)
+        totals = [[integers.start(record) for record in records] for _ in pieces]
+        for i in range(form.code_bytes // 64):
+            for words in zip(*(piece.words(i, integers.kind) for piece in pieces), strict=True):
+                quad = words[0][0]
                 for r, record in enumerate(records):
-                    totals[r] = integers.add(totals[r], codes, record, quad)
-        scale = self._halves(0)
-        least = self._halves(2 * LANES) if self._form.has_min else None
-        done = []
-        for total, record, value in zip(totals, records, values, strict=True):
-            whole = b.sitofp(integers.finish(total, record), self._floats)
-            # Scales first: a large activation's times a large sum might not be finite.
-            step = b.fmul(scale, self._spread(record, self._form.block))
-            value = self._fma(step, whole, value)
-            if least is not None:
-                value = self._fma(least, self._spread(record, self._form.block + 4), value)
-            done.append(value)
-        return done
+                    right = integers.quad(record, quad)
+                    for mine, (_, codes) in zip(totals, words, strict=True):
+                        mine[r] = integers.add(mine[r], codes, right)
+        scales = [piece.halves(0) for piece in pieces]
+        least = [piece.halves(2 * LANES) for piece in pieces] if form.has_min else []
+        sums = [None] * len(places)
+        for r, record in enumerate(records):
+            for p, mine in enumerate(totals):
+                i = p * self._rows + r
+                value = phis[i] if phis else b.load(places[i], align=4)
+                whole = b.sitofp(integers.finish(mine[r], record), self._floats)
+                # Scales first: a large activation's times a large sum might not be finite.
+                step = b.fmul(scales[p], self._spread(record, form.block))
+                value = self._fma(step, whole, value)
+                if least:
+                    value = self._fma(least[p], self._spread(record, form.block + 4), value)
+                if not phis:
+                    b.store(value, places[i], align=4)
+                sums[i] = value
+        return sums if phis else []
 
 
 @cache
 def make_tile(rows: int, kind: Kind, path: CpuPath) -> Any:
-    """Intrinsic for a tile of rows x 16 outputs over all of K.
+    """Intrinsic for a tile of rows x 16 or 32 outputs (`tile_panels`) over all of K.
 
-    tile(x, x_stride, w, blocks, out, out_stride, ahead): addresses and byte counts. x is a row's
-    records and x_stride from one block to the next, w the panel's blocks. Lines `ahead` bytes
-    behind the block in work are asked for, with 0 none. Per output, over blocks ascending:
-    sum = fma(d * scale_x, float(isum), sum), then with minima sum = fma(m, sum_x, sum).
+    tile(x, x_stride, w, v, blocks, out, fetch_w, fetch_v, span): addresses and byte counts. x is a
+    row's records and x_stride from one block to the next, w and v the panels' blocks, out the sums
+    [panels][CHUNK_ROWS][16]. With each block the next `span` bytes from fetch_w and fetch_v on are
+    asked for, with 0 none. Of one panel v and fetch_v are not looked at. Per output, over blocks
+    ascending: sum = fma(d * scale_x, float(isum), sum), with minima then sum = fma(m, sum_x, sum).
     """
 
-    def tile(typingctx, x, x_stride, w, blocks, out, out_stride, ahead):  # type: ignore[no-untyped-def]
+    def tile(typingctx, x, x_stride, w, v, blocks, out, fetch_w, fetch_v, span):  # type: ignore[no-untyped-def]
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             for first in range(0, LANES, CHUNK_LANES[path]):
-                _emit_lanes(builder, args, rows, kind, path, first)
+                _Tile(builder, list(args), rows, kind, path, first).emit()
             return context.get_dummy_value()
 
-        return types.void(*([types.int64] * 7)), codegen
+        return types.void(*([types.int64] * 9)), codegen
 
     tile.__name__ = f"tile_{rows}_{kind}_{path}"
     return intrinsic(tile)
 
 
-def _emit_lanes(b: Any, args: Any, rows: int, kind: Kind, path: CpuPath, first: int) -> None:
-    """The tile's outputs first .. first + lanes."""
-    x, x_stride, w, blocks, out, out_stride, ahead = args
-    lanes, form = CHUNK_LANES[path], FORMATS[kind]
-    floats = ir.VectorType(F32, lanes)
-    before, loop, after = b.block, b.append_basic_block("blocks"), b.append_basic_block("summed")
-    b.branch(loop)
-    b.position_at_end(loop)
-    index = b.phi(I64)
-    index.add_incoming(I64(0), before)
-    sums = [b.phi(floats) for _ in range(rows)]
-    for phi in sums:
-        phi.add_incoming(ir.Constant(floats, None), before)
-    piece = b.add(w, b.mul(index, I64(form.panel_bytes)))
-    record = b.add(x, b.mul(index, x_stride))
-    if first == 0:
-        with b.if_then(b.icmp_signed("!=", ahead, I64(0))):
-            _emit_prefetches(b, b.add(piece, ahead), form.panel_bytes)
-    records = [b.add(record, I64(r * record_bytes(form.block))) for r in range(rows)]
-    now = _Piece(b, piece, form, path, first).emit_sums(list(sums), records)
-    following = b.add(index, I64(1))
-    index.add_incoming(following, b.block)
-    for phi, value in zip(sums, now, strict=True):
-        phi.add_incoming(value, b.block)
-    b.cbranch(b.icmp_signed("<", following, blocks), loop, after)
-    b.position_at_end(after)
-    for r, value in enumerate(now):
-        at = b.add(b.add(out, b.mul(out_stride, I64(r))), I64(4 * first))
-        b.store(value, pointer(b, at, floats), align=4)
-
-
-def _emit_prefetches(b: Any, begin: Any, num_bytes: int) -> None:
-    for at in range(0, num_bytes, 64):
-        where = pointer(b, b.add(begin, I64(at)), I32)
-        call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(3), I32(1)])
-
-
 @cache
 def make_tiles(kind: Kind, path: CpuPath) -> Any:
-    """Device function run(rows, *tile arguments) that picks the tile of 1..tile_height rows."""
-    names = "x, x_stride, w, blocks, out, out_stride, ahead"
+    """Device function run(rows, *tile arguments) for two panels and 1..tile_height rows.
+
+    Where a tile takes one panel it runs twice; v may be 0 where there is no second panel.
+    """
+    names = "x, x_stride, w, v, blocks, out, fetch_w, fetch_v, span"
     lines = [f"def run(rows, {names}):"]
     scope: dict[str, Any] = {"__name__": __name__}
-    for rows in range(1, tile_height(kind, path) + 1):
-        lines += [f"    if rows == {rows}:", f"        tile_{rows}({names})"]
+    ones = []
+    for rows in range(1, tile_height(path) + 1):
         scope[f"tile_{rows}"] = make_tile(rows, kind, path)
+        if tile_panels(rows, path) == 1:
+            ones += [f"        if rows == {rows}:", f"            tile_{rows}({names})"]
+            continue
+        pair = names.replace(" v,", " v if v != 0 else w,")
+        lines += [f"    if rows == {rows}:", f"        tile_{rows}({pair})", "        return"]
+    # One place that calls: tiles are long to compile.
+    lines += ["    for _ in range(1 if v == 0 else 2):", *ones]
+    lines += [f"        w, fetch_w, out = v, fetch_v, out + {PANEL_SUMS_BYTES}"]
     exec("\n".join(lines), scope)
     run = scope["run"]
     run.__qualname__ = f"run_{kind}_{path}"

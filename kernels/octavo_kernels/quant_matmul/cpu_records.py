@@ -4,8 +4,8 @@ A record is a row's block of 32 or 64 elements of K: as many int8 codes, the flo
 what the weights' zero point asks for: the int32 that takes it off every sum (-zero times the sum
 of the codes), or where it is 0 the float32 sum of what the codes stand for, for minima.
 
-Records lie [chunk][block][row of chunk]. Up to 16 rows are one chunk; more are as few chunks of at
-most 12 as there can be, as even as that allows: those that a tile of the matmul takes.
+Records lie [chunk][block][row of chunk]. A chunk has at most 12 rows, which a tile of the matmul
+may take; there are as few as that allows, as even as can be.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -40,8 +40,7 @@ from octavo_kernels.vectors import (
     vector_op,
 )
 
-CHUNK_ROWS = 16  # at most
-_FULL_ROWS = 12  # at most, where there are several chunks
+CHUNK_ROWS = 12  # at most
 # Rows that end where a line of memory does: two threads do not write one.
 _LINE_ROWS = 8
 
@@ -137,7 +136,7 @@ def block_quantiser(block: int) -> Any:
 
 @device
 def num_chunks(num_rows):
-    return 1 if num_rows <= CHUNK_ROWS else (num_rows + _FULL_ROWS - 1) // _FULL_ROWS
+    return (num_rows + CHUNK_ROWS - 1) // CHUNK_ROWS
 
 
 @device
