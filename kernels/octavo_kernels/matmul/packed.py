@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,8 +9,9 @@ import llvmlite.binding
 import torch
 from torch import Tensor
 
+from octavo_kernels import huge_pages
+
 PACKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HUGE_PAGE = 2 * 1024 * 1024
 
 
 @lru_cache(maxsize=1)
@@ -22,21 +22,6 @@ def panel_width() -> int:
     except RuntimeError:  # LLVM cannot tell on this system
         return 16
     return 48 if features.get("avx512f", False) else 16
-
-
-def weight_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros; large ones on huge pages, since a weight read end to end is bound by page walks."""
-    count = 1
-    for size in shape:
-        count *= size
-    num_bytes = count * dtype.itemsize
-    if num_bytes < 2 * _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    store = torch.frombuffer(memory, dtype=torch.uint8)
-    skip = -store.data_ptr() % _HUGE_PAGE
-    return store[skip : skip + num_bytes].view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +43,7 @@ class PackedWeight:
         if dtype not in PACKED_DTYPES:
             raise ValueError(f"a packed weight is one of {PACKED_DTYPES}, got {dtype}")
         width = panel_width()
-        return PackedWeight(data=weight_zeros((-(-n // width), k, width), dtype), n=n, k=k)
+        return PackedWeight(data=huge_pages.zeros((-(-n // width), k, width), dtype), n=n, k=k)
 
     @property
     def num_bytes(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo_kernels.matmul.packed import weight_zeros
+from octavo_kernels import huge_pages
 from octavo_kernels.quant_matmul.cpu_blocks_tile import FILED, FILED_BLOCK, FORMATS, Kind
 from octavo_kernels.quant_matmul.cpu_requantise import Source, requantise_kernel
 from octavo_kernels.simd import LANES
@@ -45,7 +45,7 @@ class BlockWeight:
             raise ValueError(f"a weight of blocks needs n >= 1 and k >= 1, got n={n}, k={k}")
         form = FORMATS[kind]
         shape = (-(-n // LANES), -(-k // form.block), form.panel_bytes)
-        return BlockWeight(kind=kind, data=weight_zeros(shape, torch.uint8), n=n, k=k)
+        return BlockWeight(kind=kind, data=huge_pages.zeros(shape, torch.uint8), n=n, k=k)
 
     @property
     def num_bytes(self) -> int:
