@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from octavo_kernels.device import shared_bytes_of
 from octavo_kernels.launch import Launch, compiling_for
 
 _WATCH_SECONDS = 0.5
@@ -71,13 +72,15 @@ def compile_all(
     return failed
 
 
-def _error_of(launch: Launch) -> str | None:
+def _error_of(launch: Launch, capability: int) -> str | None:
     # Whatever a kernel's compilation raises is its answer: a candidate that does not fit the GPU.
     try:
-        launch.compile()
+        needed = launch.compile().metadata.shared
     except Exception as error:
         return f"{type(error).__name__}: {error}".strip()[:500]
-    return None
+    there = shared_bytes_of((capability // 10, capability % 10))
+    # What compiles all the same could not be loaded.
+    return f"takes {needed} bytes of shared memory, of {there}" if needed > there else None
 
 
 class _Worker:
@@ -165,7 +168,7 @@ def _main(capability: int, launches: BinaryIO) -> None:
     watch.start()
     for place, launch in enumerate(pickle.load(launches)):
         with compiling_for(capability):
-            error = _error_of(launch)
+            error = _error_of(launch, capability)
         sys.stdout.write(json.dumps([place, error]) + "\n")
         sys.stdout.flush()
 

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import torch
 
 _H100 = (9, 0)
+# KiB of a multiprocessor, less the one that each program takes, by compute capability.
+_SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+_LEAST_SHARED_KIB = 99  # 8.6, 8.9, 12.x
 _pretended: list[tuple[int, int]] = []  # the last one counts
 
 
@@ -32,7 +35,7 @@ def pretending(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for answer in (capability, is_hopper, can_overlap, num_multiprocessors):
+    for answer in (capability, is_hopper, can_overlap, shared_bytes, num_multiprocessors):
         answer.cache_clear()
 
 
@@ -66,6 +69,17 @@ def is_hopper() -> bool:
 def can_overlap() -> bool:
     """Whether a launch may start while its predecessor still runs (dependent launches)."""
     return capability() >= (9, 0)
+
+
+@functools.cache
+def shared_bytes() -> int:
+    """Shared memory that a program may take."""
+    return shared_bytes_of(capability())
+
+
+def shared_bytes_of(capability: tuple[int, int]) -> int:
+    """The same of any GPU; a new one is taken for one that has little."""
+    return _SHARED_KIB.get(capability, _LEAST_SHARED_KIB) << 10
 
 
 @functools.cache

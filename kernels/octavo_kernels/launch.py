@@ -46,7 +46,8 @@ class Launch:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for two launches that share their machine code."""
-        kinds = tuple(_kind(arg) for arg in self.args)
+        names = self.kernel.fn.__code__.co_varnames
+        kinds = tuple(_kind(arg, name) for arg, name in zip(self.args, names, strict=False))
         options = tuple(sorted((k, repr(v)) for k, v in self.options.items()))
         return self.kernel.fn.__module__, self.name, kinds, options
 
@@ -55,10 +56,11 @@ class Launch:
         return self.kernel.warmup(*self.args, grid=(1,), **self.options)
 
 
-def _kind(arg: Any) -> str:
+def _kind(arg: Any, name: str) -> str:
     if isinstance(arg, Tensor):
-        # Triton compiles a second kernel for an address that is no multiple of 16.
-        return f"*{arg.dtype}" + (" anywhere" if arg.data_ptr() % 16 else "")
+        # Triton compiles a second kernel for an address that is no multiple of 16, but see `jit`.
+        is_anywhere = name.endswith("_ptr") and arg.data_ptr() % 16
+        return f"*{arg.dtype}" + (" anywhere" if is_anywhere else "")
     if isinstance(arg, TensorDescriptor):
         return f"tile {arg.base.dtype} {list(arg.block_shape)}"
     if isinstance(arg, GluonDescriptor):

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -46,8 +45,10 @@ def warm(shape: ModelShape, *, processes: int | None = None) -> list[Launch]:
         if failed:
             what = "; ".join(f"{found[index].name}: {why}" for index, why in failed.items())
             raise RuntimeError(f"{len(failed)} of {len(found)} kernels do not compile: {what}")
-    for launch in found:
-        _load(launch.compile())
+    unloaded = [(launch.name, why) for launch in found if (why := _load(launch)) is not None]
+    if unloaded:
+        what = "; ".join(f"{name}: {why}" for name, why in unloaded)
+        raise RuntimeError(f"{len(unloaded)} of {len(found)} kernels cannot be loaded: {what}")
     return found
 
 
@@ -86,7 +87,14 @@ def _touch(stamp: Path) -> None:
         stamp.touch()
 
 
-def _load(compiled: Any) -> None:
-    """Puts machine code on the GPU now, not at the first launch."""
-    if hasattr(compiled, "_init_handles"):
+def _load(launch: Launch) -> str | None:
+    """Puts machine code on the GPU now, not at the first launch; why not, if it cannot."""
+    compiled = launch.compile()
+    if not hasattr(compiled, "_init_handles"):
+        return None
+    # Whatever it is: all that cannot be loaded are told together.
+    try:
         compiled._init_handles()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

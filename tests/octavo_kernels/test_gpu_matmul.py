@@ -178,6 +178,44 @@ def test_default_tiles_are_in_bounds_of_the_hardware(dtype: torch.dtype) -> None
         assert shared_bytes(tile, gated) * dtype.itemsize <= 2 * SHARED_BYTES
 
 
+@pytest.mark.parametrize(("n", "k"), [(500, 128), (128256, 4096), (151936, 1024)])
+def test_tiles_of_logits_leave_room_for_them(n: int, k: int) -> None:
+    for bucket in BUCKETS:
+        for dtype in DTYPES:
+            tile = tile_for(n, k, dtype, bucket, gated=False, out_dtype=torch.float32)
+            assert shared_bytes(tile, False, is_widened=dtype.itemsize < 4) <= SHARED_BYTES
+        tile = tile_for(n, k, torch.bfloat16, bucket, gated=False)
+        assert shared_bytes(tile, False) <= SHARED_BYTES  # whose outputs are of 16 bits
+
+
+_LOGITS = """
+import torch
+from octavo_kernels import device
+from octavo_kernels.launch import collecting, compiling_for
+from octavo_kernels.matmul.gpu import BUCKETS, linear
+
+with device.pretending((9, 0)), collecting() as found:
+    for n, k in ((500, 128), (128256, 4096)):
+        head = torch.empty(n, k, dtype=torch.bfloat16, device="meta")
+        for rows in BUCKETS[-3:]:
+            x = torch.empty(rows, k, dtype=torch.bfloat16, device="meta")
+            linear(x, head, out_dtype=torch.float32)
+with compiling_for(90):
+    for launch in {launch.key: launch for launch in found}.values():
+        taken = launch.compile().metadata.shared
+        assert taken <= device.shared_bytes_of((9, 0)), (launch, taken)
+"""
+
+
+def test_kernels_of_logits_fit_a_hopper() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOGITS], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_cublas_is_refused_once_it_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in cublas.ENVIRONMENT:
         monkeypatch.setenv(name, "something else")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo_kernels import device
 from octavo_kernels.paged_attention import gpu, gpu_plan, numerics
 from octavo_kernels.paged_attention.gpu_plan import AttentionPlan, make_plan
 from octavo_kernels.testing import assert_canaries, gpu_device, guarded_empty, same_bits
@@ -256,6 +257,17 @@ def test_requests_without_room_for_partials_are_prefilled(monkeypatch: pytest.Mo
     assert plan_for([(1, 100)] * 3).tiles.shape[0] == 0
     assert plan_for([(1, 1000)] * 3, max_seq_len=4096).tiles.shape[0] > 0
     assert plan_for([(1, 1000)] * 3, max_seq_len=4096, max_partitions=6).tiles.shape[0] == 0
+
+
+def test_a_gpu_of_little_shared_memory_decodes_by_two_stages() -> None:
+    for head_dim in (64, 96, 128, 256):
+        with device.pretending((8, 9)):
+            choice = gpu_plan.decode_choice.__wrapped__(head_dim, torch.bfloat16)
+            most = device.shared_bytes()
+        # One tile of K and one of V on their way, and the queries.
+        width = gpu_plan.padded(head_dim)
+        tiles = (choice["stages"] - 1) * 2 * numerics.tile_size(head_dim)
+        assert 2 * width * (tiles + gpu_plan.DECODE_ROWS) <= most == 99 * 1024
 
 
 def test_shared_partitions_are_left_to_another_kernel() -> None:

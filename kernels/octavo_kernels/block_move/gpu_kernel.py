@@ -22,7 +22,7 @@ def _mixed(words):
 def move_blocks(
     caches_ptr,  # [C] int64 addresses of [B, BLOCK_WORDS] int64
     slots_ptr,  # [S] int64 addresses of [C * BLOCK_WORDS] int64
-    moves_ptr,  # [n, 3] int64: block, slot, tag
+    moves,  # [n, 3] int64: block, slot, tag; not "_ptr": loads come behind saves, anywhere
     sums_ptr,  # [n] int64, 0 before
     num_caches,  # C
     num_blocks,  # B
@@ -37,8 +37,8 @@ def move_blocks(
     program = tl.program_id(0)
     move = (program // PARTS // num_caches).to(tl.int64)
     cache = (program // PARTS % num_caches).to(tl.int64)
-    block = tl.load(moves_ptr + move * 3)
-    slot = tl.load(moves_ptr + move * 3 + 1)
+    block = tl.load(moves + move * 3)
+    slot = tl.load(moves + move * 3 + 1)
     cols = program % PARTS * CHUNK + tl.arange(0, CHUNK)
     mask = cols < BLOCK_WORDS
     if (block >= 0) & (block < num_blocks) & (slot >= 0) & (slot < num_slots):
@@ -56,6 +56,6 @@ def move_blocks(
         weights = _mixed((place + 1) * _GOLDEN) | 1
         total = tl.sum(tl.where(mask, _mixed(words) * weights, 0))
         if program % (PARTS * num_caches) == 0:
-            total += tl.load(moves_ptr + move * 3 + 2)
+            total += tl.load(moves + move * 3 + 2)
         # In whatever order they come, integers wrap the same way; and nobody waits for the bus.
         tl.atomic_add(sums_ptr + move, total, sem="relaxed")

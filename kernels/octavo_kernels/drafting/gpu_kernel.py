@@ -45,6 +45,7 @@ def propose_rows(
         return
     row = tl.load(batch_rows + place).to(tl.int64)
     word = tl.load(seq_lens + place)
+    tl.debug_barrier()  # every warp has read it before one of them writes it
     found = 0
     if (row >= 0) & (row < num_rows) & (word < 0):
         num_drafts = -1 - word

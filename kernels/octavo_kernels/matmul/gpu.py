@@ -87,7 +87,7 @@ def linear(
     extras: _Extras = {"bias": bias, "residual": residual, "activation": activation, "out": out}
     if _takes_cublas(x, weight, out, is_gated):
         return by_cublas(x, weight, **extras)
-    tile = tile_for(n, k, x.dtype, num_rows, gated=is_gated)
+    tile = tile_for(n, k, x.dtype, num_rows, gated=is_gated, out_dtype=out.dtype)
     return by_tile(x, weight, tile, use_pdl=use_pdl, **extras)
 
 
@@ -154,15 +154,34 @@ def tuned_key(n: int, k: int, dtype: torch.dtype, bucket: int) -> str:
     return f"{n}x{k}/{str(dtype)[6:]}/{bucket}"
 
 
-def tile_for(n: int, k: int, dtype: torch.dtype, num_rows: int, *, gated: bool) -> Choice:
-    """The tile for num_rows rows of weights [n, k], and of packed [gate | up] where gated."""
-    return _tile_for(n, k, dtype, bucket_of(num_rows), gated)
+def tile_for(
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    num_rows: int,
+    *,
+    gated: bool,
+    out_dtype: torch.dtype | None = None,
+) -> Choice:
+    """The tile for num_rows rows of weights [n, k], and of packed [gate | up] where gated.
+
+    out_dtype: of what is written, by default dtype.
+    """
+    is_widened = out_dtype == torch.float32 != dtype
+    return _tile_for(n, k, dtype, bucket_of(num_rows), gated, is_widened)
 
 
 @functools.cache
-def _tile_for(n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool) -> Choice:
+def _tile_for(
+    n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool, is_widened: bool
+) -> Choice:
     op = "gated_linear" if gated else "linear"
-    return choose(op, tuned_key(n, k, dtype, bucket), default_tile(n, k, dtype, bucket, gated))
+    tile = choose(op, tuned_key(n, k, dtype, bucket), default_tile(n, k, dtype, bucket, gated))
+    if not is_widened or shared_bytes(tile, gated, is_widened=True) <= SHARED_BYTES:
+        return tile
+    # Measured, or chosen, with outputs of 16 bits: of 32, what suits fewer rows fits.
+    smaller = BUCKETS[BUCKETS.index(bucket) - 1]
+    return _tile_for(n, k, dtype, smaller, gated, is_widened)
 
 
 def default_tile(n: int, k: int, dtype: torch.dtype, bucket: int, gated: bool) -> Choice:
@@ -245,7 +264,8 @@ def by_tile(
             TensorDescriptor.from_tensor(x, [tile["BLOCK_M"], tile["BLOCK_K"]]),
             TensorDescriptor.from_tensor(weight, [tile["BLOCK_N"], tile["BLOCK_K"]]),
         )
-        tiles = min(tiles, _num_programs(tile, activation is not None))
+        is_widened = out.dtype != x.dtype
+        tiles = min(tiles, _num_programs(tile, activation is not None, is_widened=is_widened))
         use_pdl = False
     else:
         options |= {"PDL": use_pdl, "PREFETCH": 0}
@@ -273,21 +293,26 @@ def _parts(size: int, block: int) -> int:
     return -(-size // block)  # triton.cdiv takes microseconds on the host
 
 
-def shared_bytes(tile: Choice, gated: bool) -> int:
-    """Shared memory of a program with tile and 16-bit inputs, as compiled or nearly."""
+def shared_bytes(tile: Choice, gated: bool, *, is_widened: bool = False) -> int:
+    """Shared memory of a program with tile and 16-bit inputs, as compiled or nearly.
+
+    is_widened: with float32 outputs.
+    """
     if "HOPPER" in tile:
         return hopper_shared_bytes(tile)
     columns = tile["BLOCK_N"] * (2 if gated else 1)
     stage = 2 * (tile["BLOCK_M"] + columns) * tile["BLOCK_K"]
     if tile["TMA"]:  # a finished tile leaves while the next ones arrive
-        return tile["num_stages"] * stage + tile["BLOCK_M"] * tile["BLOCK_N"] + 64
+        leaving = tile["BLOCK_M"] * tile["BLOCK_N"] * (4 if is_widened else 1)
+        return tile["num_stages"] * stage + leaving + 64
     # A wgmma, for which four warps are needed, still reads its stage while the next arrives.
     return max(1, tile["num_stages"] - (0 if tile["num_warps"] >= 4 else 1)) * stage
 
 
-def _num_programs(tile: Choice, gated: bool) -> int:
+def _num_programs(tile: Choice, gated: bool, *, is_widened: bool) -> int:
     """How many programs of a kernel whose programs stay are on the GPU at once."""
-    two = tile["num_warps"] <= 4 and 2 * shared_bytes(tile, gated) <= SHARED_BYTES
+    each = shared_bytes(tile, gated, is_widened=is_widened)
+    two = tile["num_warps"] <= 4 and 2 * each <= SHARED_BYTES
     return (2 if two else 1) * num_multiprocessors()
 
 

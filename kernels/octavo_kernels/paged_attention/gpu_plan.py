@@ -27,6 +27,7 @@ PREFILL_ROWS = 128  # rows of a prefill tile, heads included
 _MAX_PARTIAL_ROWS = 1 << 17
 _INTERPRETED = 3  # multiprocessors of Triton's interpreter
 _SHARED_BYTES = 228 << 10  # of a multiprocessor, 1 KiB a program included
+_MUCH_SHARED = 160 << 10  # of a program: less has no room for a third stage
 _CHUNK = 32  # programs, or prefill tiles, that one program of the plan kernel places
 
 
@@ -172,7 +173,10 @@ def decode_choice(head_dim: int, cache_dtype: torch.dtype) -> Choice:
     whether queries stay in registers from tile to tile.
     """
     size = cache_dtype.itemsize
-    default = decode_candidates(head_dim, size)[0]
+    candidates = decode_candidates(head_dim, size)
+    default = candidates[0]
+    if device.shared_bytes() < _MUCH_SHARED:
+        default = next(choice for choice in candidates if choice["stages"] == 2)
     return choose("paged_attention_decode", decode_key(head_dim, size), default)
 
 

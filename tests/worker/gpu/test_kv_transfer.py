@@ -29,6 +29,7 @@ from octavo.worker.gpu.executor import GpuExecutor
 from octavo.worker.gpu.kv_transfer import GpuTransfer
 from octavo.worker.gpu.runtime import HostRuntime
 from octavo.worker.kv_transfer import CPUTransfer
+from octavo_kernels.launch import recording
 from tests.worker.gpu.conftest import DEVICE, Engine, make_runtime
 from tests.worker.gpu.toy_model import ToyModel
 
@@ -114,6 +115,17 @@ def test_pinned_words_are_not_reused_before_they_were_copied() -> None:
     assert len({words.data_ptr() for words in transfer._unused_words}) == 3
     transfer.apply(step(saves=(move(3, 3, 3),))).damaged()
     assert len(transfer._unused_words) == 3
+
+
+def test_where_a_steps_loads_begin_decides_no_kernel() -> None:
+    transfer = GpuTransfer(make_layers(), num_slots=4, runtime=HostRuntime())
+    kernels = []
+    for num_saves in (0, 1, 2):
+        saves = tuple(move(i, i, i) for i in range(num_saves))
+        with recording() as keys:
+            transfer.apply(step(saves=saves, loads=(move(5, 3, 0),))).damaged()
+        kernels.append({key for key in keys if "'TO_SLOTS', 'False'" in str(key)})
+    assert len(kernels[0]) == 1 and kernels[0] == kernels[1] == kernels[2]
 
 
 def test_host_memory_is_pinned_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
