@@ -45,6 +45,7 @@ CONFIG = {
 }
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
 NUM_TOKENS = 3
+NUM_BLOCKS = 256  # of 1 KiB: all of a GPU would be tens of millions, and their lists gigabytes
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,7 @@ def drafted(
         dtype="bfloat16",
         device="cuda",
         max_num_seqs=4,
+        num_gpu_blocks_override=NUM_BLOCKS,
         speculative_config={"method": method, "num_speculative_tokens": 3},
         **options,
     )
@@ -145,7 +147,13 @@ def test_on_a_gpu_drafts_leave_bits_as_they_are(checkpoint: Path) -> None:
     for method in ("ngram", "auto"):
         assert drafted(checkpoint, method)[0] == want
         speculation = {"method": method, "num_speculative_tokens": 3}
-        llm = LLM(str(checkpoint), device="cuda", max_num_seqs=4, speculative_config=speculation)
+        llm = LLM(
+            str(checkpoint),
+            device="cuda",
+            max_num_seqs=4,
+            num_gpu_blocks_override=NUM_BLOCKS,
+            speculative_config=speculation,
+        )
         before, found = num_compiled(), []
         for _ in range(3):
             answers = llm.generate([[5, 6, 7, 5, 6], [7, 5], [9]], [few, few, plain])

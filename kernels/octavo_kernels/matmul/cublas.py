@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -32,7 +33,9 @@ def hold_to_same_bits() -> None:
     matmul.allow_fp16_reduced_precision_reduction = False
     matmul.allow_bf16_reduced_precision_reduction = False
     matmul.allow_tf32 = False
-    torch.backends.cuda.preferred_blas_library("cublaslt")
+    with warnings.catch_warnings():  # that the choice is experimental
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.preferred_blas_library("cublaslt")
     _held = True
 
 
