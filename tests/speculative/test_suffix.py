@@ -92,6 +92,43 @@ def test_the_more_frequent_continuation_wins_with_its_share() -> None:
     assert found.probs is not None and 0.5 < found.probs[0] < 0.95
 
 
+def test_agreeing_places_make_surer_and_others_less_sure() -> None:
+    """One place; two that agree; three of which one does not."""
+    chances = []
+    for tokens in ([1, 8, 5, 1], [1, 8, 5, 1, 8, 6, 1], [1, 8, 5, 1, 8, 6, 1, 9, 7, 1]):
+        proposer = SuffixProposer()
+        begin(proposer, "r", tokens)
+        found = propose(proposer, "r", tokens, most=1)
+        assert list(found.token_ids) == [8] and found.probs is not None
+        chances.append(found.probs[0])
+    one, two, disputed = chances
+    assert one < two and disputed < two
+
+
+def test_what_a_request_said_itself_outweighs_its_prompt() -> None:
+    proposer = SuffixProposer()
+    proposer.begin("r", [1, 2, 8, 5, 1, 2, 9, 6, 1, 2], num_prompt_tokens=4, salt=None)
+    said = propose(proposer, "r", [1, 2, 8, 5, 1, 2, 9, 6, 1, 2], most=1)
+    proposer.begin("r", [1, 2, 9, 5, 1, 2, 8, 6, 1, 2], num_prompt_tokens=4, salt=None)
+    swapped = propose(proposer, "r", [1, 2, 9, 5, 1, 2, 8, 6, 1, 2], most=1)
+    assert list(said.token_ids) == [9] and list(swapped.token_ids) == [8]
+
+
+def test_others_outputs_are_less_sure_than_ones_own_tokens() -> None:
+    proposer = SuffixProposer(min_token_prob=0.0)
+    begin(proposer, "a", [3])
+    proposer.extend("a", [1, 2, 8, 5])
+    proposer.end("a")
+    begin(proposer, "b", [1, 2])
+    elsewhere = propose(proposer, "b", [1, 2], most=1)
+    proposer.end("b")
+    begin(proposer, "c", [1, 2, 8, 5, 1, 2], salt="c")
+    own = propose(proposer, "c", [1, 2, 8, 5, 1, 2], most=1)
+    assert elsewhere.token_ids == own.token_ids == [8]
+    assert elsewhere.probs is not None and own.probs is not None
+    assert elsewhere.probs[0] < own.probs[0]
+
+
 def test_a_loop_goes_on_beyond_its_end() -> None:
     proposer = SuffixProposer()
     tokens = [1, 2, 3] * 5
