@@ -22,6 +22,10 @@ _DRIFT = 0.04  # of how far it is off, that all other knots take over: contexts 
 _MAX_ERROR = 1.5  # a measurement further off is cut to this many times what was expected
 _SURE = 8  # measurements after which one may be called an error
 _NUM_TABLED = 512
+_OFTEN, _SELDOM = (
+    64,
+    4,
+)  # measurements of which all tell the curve for all; of later ones, every so many
 _REBUILD_EVERY = 16
 # A number of tokens is run in its slow ways first: as it comes, then while it is recorded.
 _NUM_WARM = 2
@@ -135,6 +139,9 @@ class StepCosts:
         self._times_run[num_tokens] += 1
         if self._times_run[num_tokens] <= _NUM_WARM:
             return False
-        self._all.observe(num_tokens, seconds)
-        self.of(num_requests).observe(num_tokens, seconds)
+        curve = self.of(num_requests)
+        # What is known of one number of requests needs that of all others for its shape alone.
+        if curve.num_measured < _OFTEN or curve.num_measured % _SELDOM == 0:
+            self._all.observe(num_tokens, seconds)
+        curve.observe(num_tokens, seconds)
         return True

@@ -2,11 +2,14 @@
 
 A suffix array cut off at three tokens: places sorted by the tokens before them, backwards, so that
 one search gives those that share the last three, two or one; what is longer shows when they are
-compared. It costs 16 bytes a token, and new tokens are merged in by the dozen.
+compared. It costs 16 bytes a token, and new tokens are merged in by the dozen. Arrays of Python are
+searched rather than numpy's, whose calls take longer than such a search.
 """
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,8 +38,7 @@ class Occurrences:
         self.tokens = list(tokens)
         self._num_merged = 0  # places in [1, _num_merged] are sorted in
         self._shift = 0  # what sorted places count too many, of tokens forgotten
-        self._keys: _Ints = np.zeros(0, np.int64)
-        self._places: _Ints = np.zeros(0, np.int64)
+        self._keys, self._places = array("q"), array("q")
 
     @property
     def is_behind(self) -> bool:
@@ -57,17 +59,22 @@ class Occurrences:
         order = np.argsort(keys, kind="stable")
         keys, places = keys[order], order + (start + 1 + self._shift)
         if len(self._keys):
-            at = np.searchsorted(self._keys, keys, side="right")
-            keys, places = np.insert(self._keys, at, keys), np.insert(self._places, at, places)
-        self._keys, self._places, self._num_merged = keys, places, end
+            old = _viewed(self._keys)
+            at = np.searchsorted(old, keys, side="right")
+            keys, places = np.insert(old, at, keys), np.insert(_viewed(self._places), at, places)
+        self._keys, self._places = array("q", keys.tobytes()), array("q", places.tobytes())
+        self._num_merged = end
 
     def forget(self, num_tokens: int) -> None:
         """Drops so many tokens from the beginning."""
         del self.tokens[:num_tokens]
         self._shift += num_tokens
         self._num_merged = max(0, self._num_merged - num_tokens)
-        is_kept = self._places > self._shift
-        self._keys, self._places = self._keys[is_kept], self._places[is_kept]
+        if len(self._keys):
+            keys, places = _viewed(self._keys), _viewed(self._places)
+            is_kept = places > self._shift
+            self._keys = array("q", keys[is_kept].tobytes())
+            self._places = array("q", places[is_kept].tobytes())
 
     def places(self, tokens: Sequence[int], *, limit: int) -> list[int]:
         """Latest places behind the last of ``tokens``, at most ``limit`` of them: all that share
@@ -87,24 +94,18 @@ class Occurrences:
         t3, t2, t1 = (_NO_TOKEN, _NO_TOKEN, *tokens[-_DEPTH:])[-_DEPTH:]
         one = t1 << 2 * _TOKEN_BITS
         two = one | t2 << _TOKEN_BITS
-        three = two | t3
-        bounds = (
-            three,
-            three + 1,
-            two,
-            two + (1 << _TOKEN_BITS),
-            one,
-            one + (1 << 2 * _TOKEN_BITS),
-        )
-        ends = np.searchsorted(self._keys, np.asarray(bounds, np.int64)).tolist()
-        for depth in range(0, 2 * _DEPTH, 2):
-            start, end = ends[depth : depth + 2]
+        keys, start, end = self._keys, 0, 0
+        for key, num_free in ((two | t3, 0), (two, 1), (one, 2)):
+            start = bisect_left(keys, key)
+            end = bisect_left(keys, key + (1 << num_free * _TOKEN_BITS), start)
             if start < end:
                 break
-        else:
-            return []
-        places = self._places[max(start, end - _MAX_SORTED) : end]
-        if depth and len(places) > limit:  # where all of the key is shared they lie in order
-            places = np.sort(places)
-        found: list[int] = (places[-limit:][::-1] - self._shift).tolist()
-        return found
+        places = self._places[max(start, end - _MAX_SORTED) : end].tolist()
+        if num_free and len(places) > limit:  # where all of the key is shared they lie in order
+            places.sort()
+        shift = self._shift
+        return [place - shift for place in places[: -limit - 1 : -1]]
+
+
+def _viewed(numbers: array[int]) -> _Ints:
+    return np.frombuffer(numbers, np.int64)
