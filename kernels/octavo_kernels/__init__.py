@@ -28,6 +28,7 @@ def kernels(
     from octavo_kernels import (
         block_copy,
         block_move,
+        likeliest,
         matmul,
         paged_attention,
         rms_norm,
@@ -42,9 +43,11 @@ def kernels(
     of_blocks = [kernel for kind in block_kinds for kernel in blocks.kernels(kind)]
     multiplying = list(dict.fromkeys(of_blocks)) if block_kinds else matmul.kernels(weight_dtype)
     found = [*multiplying, *paged_attention.kernels(cache_dtype=cache_dtype)]
-    for op in (block_copy, block_move, rms_norm, rotary_kv_write, row_copy, sampling, silu_mul):
+    for op in (
+        *(block_copy, block_move, likeliest, rms_norm, rotary_kv_write, row_copy),
+        *(sampling, silu_mul, step_inputs),
+    ):
         found += op.kernels()
-    found += step_inputs.kernels()
     return found
 
 

@@ -322,7 +322,7 @@ def test_a_heads_drafts_are_those_of_plain_torch(
         starts = batch.attn.query_start_loc.tolist()
         for index, name in enumerate(batch.request_ids):
             first = int(batch.attn.positions[starts[index]])
-            rows = guesser._taps.out[starts[index] : starts[index + 1]].clone()
+            rows = torch.from_numpy(guesser._taps[starts[index] : starts[index + 1]].copy())
             kept = all_taps.get(name, torch.empty(0, 3 * SIZE))
             all_taps[name] = torch.cat([kept[:first], rows])
         see(batch)

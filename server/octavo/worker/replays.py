@@ -66,7 +66,7 @@ class ForwardReplays:
         ValueError for what kernels find wrong with the batch, and what the model raises.
         """
         has_logits = batch.num_tokens == len(batch.samples) <= MAX_LOGITS_ROWS
-        found = self._replay((batch.num_tokens, has_logits))
+        found = self.replay(batch.num_tokens, has_logits=has_logits)
         if found is not None:
             return found
         return self.run(batch.token_ids, batch.attn, has_logits=has_logits)
@@ -76,7 +76,7 @@ class ForwardReplays:
     ) -> tuple[Tensor, Tensor | None]:
         """The same of tokens and metadata that lie in the buffers."""
         kind = len(token_ids), has_logits
-        found = self._replay(kind)
+        found = self.replay(len(token_ids), has_logits=has_logits)
         if found is not None:
             return found
         if kind in self._seen and self._is_able:
@@ -90,7 +90,9 @@ class ForwardReplays:
         attn.check()
         return hidden, logits
 
-    def _replay(self, kind: _Kind) -> tuple[Tensor, Tensor | None] | None:
+    def replay(self, num_tokens: int, *, has_logits: bool) -> tuple[Tensor, Tensor | None] | None:
+        """The same of a batch that lies in the buffers; None where no such pass is recorded."""
+        kind = num_tokens, has_logits
         found = self._passes.get(kind)
         if found is None:
             return None

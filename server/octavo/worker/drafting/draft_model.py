@@ -54,8 +54,8 @@ class DraftModelGuesser:
         pass  # the table tells all that it needs
 
     def warm(self) -> None:
-        for token_ids, attn, has_logits in self._places.usual():
-            self._replays.run(token_ids, attn, has_logits=has_logits)
+        for has_logits in self._places.usual():
+            self._places.run(self._replays, has_logits=has_logits)
 
     def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Tensor | None]:
         self.num_read = 0
@@ -119,11 +119,11 @@ class DraftModelGuesser:
         firsts: Sequence[int],
         tokens: Sequence[Ints] | Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor | None]:
-        ids, attn = self._places.write(
+        self._places.write(
             [job.row for job in jobs],
             firsts=firsts,
             counts=list(map(len, tokens)),
             token_ids=tokens,
             origins=[0] * len(jobs),
         )
-        return self._replays.run(ids, attn, has_logits=len(ids) == len(jobs))
+        return self._places.run(self._replays, has_logits=self._places.num_tokens == len(jobs))

@@ -18,6 +18,7 @@ from octavo.worker.drafting.base import Job
 from octavo.worker.drafting.places import MAX_JOBS
 from octavo.worker.request_table import RequestTable
 from octavo.worker.sampling_rows import sampling_batch
+from octavo_kernels.likeliest import likeliest
 
 
 class Drawer:
@@ -33,6 +34,9 @@ class Drawer:
         self._sampler = Sampler(vocab_size)
         is_whole = token_ids is None or len(token_ids) == vocab_size
         self._token_ids = None if is_whole else token_ids
+        self._ids = None if self._token_ids is None else self._token_ids.numpy()
+        self._places = torch.zeros(MAX_JOBS, dtype=torch.int32)
+        self._probs = torch.zeros(MAX_JOBS)
         self._all = torch.empty(0 if is_whole else MAX_JOBS, vocab_size)
 
     def draw(self, logits: Tensor, jobs: Sequence[Job]) -> list[bool]:
@@ -64,14 +68,16 @@ class Drawer:
         return has_one
 
     def _draw_best(self, logits: Tensor, jobs: Sequence[Job]) -> list[bool]:
-        best, places = logits.max(dim=1)
-        totals = logits.sub_(best[:, None]).exp_().sum(dim=1).tolist()
-        tokens = places if self._token_ids is None else self._token_ids[places]
-        for job, token, total in zip(jobs, tokens.tolist(), totals, strict=True):
-            if total == total:  # else there is a NaN among them
+        count = len(jobs)
+        places, probs = likeliest(logits, places=self._places[:count], probs=self._probs[:count])
+        tokens = places.numpy() if self._ids is None else self._ids[places.numpy()]
+        has_one = []
+        for job, token, prob in zip(jobs, tokens.tolist(), probs.tolist(), strict=True):
+            has_one.append(prob == prob)  # else a logit is not finite
+            if has_one[-1]:
                 job.drafts.append(token)
-                job.probs.append(1.0 / total)
-        return [total == total for total in totals]
+                job.probs.append(prob)
+        return has_one
 
     def _spread(self, logits: Tensor) -> Tensor:
         """Logits of all tokens [S, V]."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from octavo.worker.request_table import RequestTable
 
 _log = logging.getLogger(__name__)
 
+Floats = npt.NDArray[np.float32]
 _AGAIN = 32  # places that are read when it begins anew
 _ROOM = 32  # places more than are read at once that are kept for a request
 
@@ -38,7 +41,7 @@ class _Reading:
     __slots__ = ("count", "done", "first", "taps")
 
     def __init__(self, num_kept: int, width: int) -> None:
-        self.taps = torch.empty(num_kept, width)
+        self.taps = np.empty((num_kept, width), np.float32)
         self.first, self.done, self.count = -1, 0, 0
 
     def restart(self, place: int) -> None:
@@ -48,7 +51,7 @@ class _Reading:
         """Forgets what waits but for the last places."""
         dropped = self.count - count
         if dropped > 0:
-            self.taps[:count] = self.taps[dropped : self.count].clone()
+            self.taps[:count] = self.taps[dropped : self.count].copy()
             self.restart(self.done + dropped)
             self.count = count
 
@@ -71,18 +74,19 @@ class HeadGuesser:
     ) -> None:
         self._head = head
         self._table = table
-        self._taps = taps
+        self._taps = taps.out.numpy()
         self._most_requests = most_requests
         self._max_len = head.max_len
         self._num_kept = head.spec.num_read + _ROOM
         self._places = Places(table, max_num_tokens=MAX_JOBS * self._num_kept)
         size = head.spec.layer.hidden_size
-        self._waiting = torch.empty(self._places.max_num_tokens, taps.out.shape[1])
-        self._features = torch.empty(MAX_JOBS, size)
+        waiting = torch.zeros(self._places.max_num_tokens, taps.out.shape[1])
+        self._waiting = waiting.numpy()
+        self._features = torch.zeros(MAX_JOBS, size)
         buffers = self._places.buffers
         self._reads, self._guesses = (
             ForwardReplays(each, kv_caches=[kv_cache], buffers=buffers)
-            for each in (TapPass(head, self._waiting), OwnPass(head, self._features))
+            for each in (TapPass(head, waiting), OwnPass(head, self._features))
         )
         self._hidden = self._features  # of the last pass, a row for each job
         self._readings: dict[str, _Reading] = {}
@@ -107,24 +111,21 @@ class HeadGuesser:
                 _log.error("a draft head could not follow a step", exc_info=error)
 
     def _look(self, batch: InputBatch) -> None:
-        starts = batch.attn.query_start_loc.tolist()
-        firsts = batch.attn.positions.numpy()[starts[:-1]].tolist()
+        buffers = batch.buffers
+        starts = buffers.query_start_loc[: len(batch.rows)].tolist()
+        firsts = buffers.positions[starts].tolist()
         ends = self._table.num_computed_tokens[batch.rows].tolist()
-        for request_id, at, first, end in zip(
-            batch.request_ids, starts[:-1], firsts, ends, strict=True
-        ):
+        for request_id, at, first, end in zip(batch.request_ids, starts, firsts, ends, strict=True):
             if end > first:
-                self._keep(request_id, first, self._taps.out[at : at + end - first])
+                self._keep(request_id, first, self._taps[at : at + end - first])
 
     def warm(self) -> None:
-        self._waiting[: max(USUAL)] = 0.0
-        self._features[:] = 0.0
-        for token_ids, attn, has_logits in self._places.usual():
-            self._reads.run(token_ids, attn, has_logits=has_logits)
-            if has_logits:
-                self._guesses.run(token_ids, attn, has_logits=True)
+        for is_of_each in self._places.usual():
+            if is_of_each:
+                for passes in (self._reads, self._guesses):
+                    self._places.run(passes, has_logits=True)
 
-    def _keep(self, request_id: str, place: int, taps: Tensor) -> None:
+    def _keep(self, request_id: str, place: int, taps: Floats) -> None:
         reading = self._readings.get(request_id)
         if reading is None:
             reading = self._readings[request_id] = _Reading(self._num_kept, taps.shape[1])
@@ -152,7 +153,7 @@ class HeadGuesser:
             self._waiting[at : at + reading.count] = reading.taps[: reading.count]
             at += reading.count
         token_ids = self._table.token_ids
-        ids, attn = self._places.write(
+        self._places.write(
             [job.row for job in ready],
             firsts=[reading.done for reading in readings],
             counts=counts,
@@ -162,28 +163,33 @@ class HeadGuesser:
             ],
             origins=[reading.first for reading in readings],
         )
-        hidden, logits = self._reads.run(ids, attn, has_logits=len(ids) == len(ready))
+        # Of few tokens all have logits, for passes are recorded by their number alone.
+        hidden, logits = self._places.run(self._reads, has_logits=at <= max(USUAL))
         for reading in readings:
             reading.done += reading.count
             reading.count = 0
-        if logits is None:
-            hidden = hidden[torch.tensor(counts).cumsum(0) - 1]
-            logits = self._head.compute_logits(hidden)
+        if at > len(ready):
+            lasts = torch.tensor(counts).cumsum(0) - 1
+            hidden = hidden[lasts]
+            logits = self._head.compute_logits(hidden) if logits is None else logits[lasts]
         self._hidden, self.num_read = hidden, at
         return ready, logits
 
     def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Tensor:
-        rows = self._hidden if len(kept) == len(self._hidden) else self._hidden[list(kept)]
-        self._features[: len(jobs)] = rows
-        ids, attn = self._places.write(
-            [job.row for job in jobs],
-            # The place before the draft's own, as ever.
-            firsts=[job.num_known + len(job.drafts) - 2 for job in jobs],
-            counts=[1] * len(jobs),
-            token_ids=[job.drafts[-1:] for job in jobs],
-            origins=[self._readings[job.request_id].first for job in jobs],
-        )
-        self._hidden, logits = self._guesses.run(ids, attn, has_logits=True)
+        if len(kept) == len(self._hidden):
+            self._features[: len(jobs)] = self._hidden
+            self._places.advance([job.drafts[-1] for job in jobs])
+        else:
+            self._features[: len(jobs)] = self._hidden[list(kept)]
+            self._places.write(
+                [job.row for job in jobs],
+                # The place before the draft's own, as ever.
+                firsts=[job.num_known + len(job.drafts) - 2 for job in jobs],
+                counts=[1] * len(jobs),
+                token_ids=[job.drafts[-1:] for job in jobs],
+                origins=[self._readings[job.request_id].first for job in jobs],
+            )
+        self._hidden, logits = self._places.run(self._guesses, has_logits=True)
         assert logits is not None
         return logits
 
