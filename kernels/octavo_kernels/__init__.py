@@ -38,6 +38,7 @@ def kernels(
         silu_mul,
         step_inputs,
     )
+    from octavo_kernels.drafting import cpu as drafting_cpu
     from octavo_kernels.quant_matmul import blocks
 
     of_blocks = [kernel for kind in block_kinds for kernel in blocks.kernels(kind)]
@@ -48,6 +49,7 @@ def kernels(
         *(sampling, silu_mul, step_inputs),
     ):
         found += op.kernels()
+    found.append(drafting_cpu.follow)
     return found
 
 

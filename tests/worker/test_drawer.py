@@ -10,7 +10,7 @@ import torch
 
 from octavo.sampling import Sampler
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
-from octavo.worker.drafting.base import Job
+from octavo.worker.drafting.base import Guesses, Job
 from octavo.worker.drafting.drawer import Drawer
 from octavo.worker.request_table import RequestTable
 from octavo.worker.sampling_rows import sampling_batch
@@ -72,7 +72,7 @@ def test_equal_logits_give_the_token_that_will_be_drawn(kind: str) -> None:
         logits = logits_of(8, seed=depth)
         want = own_draws(table, logits, jobs)
         table.write_drafts({job.request_id: job.drafts for job in jobs})
-        assert drawer.draw(logits.clone(), jobs) == [True] * 8
+        assert drawer.draw(Guesses(all_logits=logits.clone()), jobs) == [True] * 8
         assert [job.drafts[-1] for job in jobs] == want
         table.write_drafts({job.request_id: job.drafts for job in jobs})
         probs = (logits / (table.temperature[0].item() or 1.0)).softmax(dim=1)
@@ -91,7 +91,7 @@ def test_columns_stand_for_the_tokens_that_they_are_said_to(kind: str) -> None:
     narrow[:, token_ids] = logits[:, token_ids]
     want = own_draws(table, narrow, jobs)
     drawer = Drawer(table, vocab_size=VOCAB_SIZE, token_ids=token_ids)
-    assert all(drawer.draw(logits[:, token_ids].contiguous(), jobs))
+    assert all(drawer.draw(Guesses(all_logits=logits[:, token_ids].contiguous()), jobs))
     assert [job.drafts[-1] for job in jobs] == want and all(job.drafts[-1] % 3 == 0 for job in jobs)
 
 
@@ -105,7 +105,7 @@ def test_logits_nearly_the_targets_give_its_draw_far_more_often_than_the_likelie
         near = target + 0.3 * torch.randn_like(target)
         jobs = jobs_of(table, count)
         want = own_draws(table, target, jobs)
-        drawer.draw(near.clone(), jobs)
+        drawer.draw(Guesses(all_logits=near.clone()), jobs)
         same += sum(job.drafts[0] == token for job, token in zip(jobs, want, strict=True))
         best = near.argmax(dim=1).tolist()
         likeliest += sum(a == b for a, b in zip(best, want, strict=True))
@@ -118,5 +118,8 @@ def test_rows_that_no_token_can_be_drawn_from_have_no_draft() -> None:
         table = table_of(SamplingParams(**PARAMS[kind]), count=2)
         jobs, logits = jobs_of(table, 2), logits_of(2)
         logits[1, 5] = float("nan")
-        assert Drawer(table, vocab_size=VOCAB_SIZE).draw(logits, jobs) == [True, False]
+        assert Drawer(table, vocab_size=VOCAB_SIZE).draw(Guesses(all_logits=logits), jobs) == [
+            True,
+            False,
+        ]
         assert len(jobs[0].drafts) == 1 and not jobs[1].drafts

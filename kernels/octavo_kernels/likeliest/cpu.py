@@ -49,26 +49,30 @@ def _is_finite(row, width):
     return reduce_add(total) == np.float32(0.0)
 
 
+@device
+def likeliest_row(at, width):
+    """(column, its softmax) of a row; (0, NaN) where a value is not finite."""
+    if not _is_finite(at, width):
+        return 0, np.float32(np.nan)
+    best = splat(np.float32(-np.inf))
+    for column in range(0, width, LANES):
+        best = maximum(_load(at, column, width), best)
+    peak = reduce_max(best)
+    total = splat(np.float32(0.0))
+    for column in range(0, width, LANES):
+        total = add(total, exp_flushed(sub(_load(at, column, width), splat(peak))))
+    column = 0
+    while reduce_max(_load(at, column, width)) != peak:
+        column += LANES
+    while get_f32(at + 4 * column) != peak:
+        column += 1
+    return column, np.float32(1.0) / reduce_add(total)
+
+
 @kernel
 def likeliest_rows(part, num_parts, logits, num_rows, width, places, probs):
     """Parts share the rows."""
     for row in range(part * num_rows // num_parts, (part + 1) * num_rows // num_parts):
-        at = logits + 4 * row * width
-        if not _is_finite(at, width):
-            put_i32(places + 4 * row, 0)
-            put_f32(probs + 4 * row, np.float32(np.nan))
-            continue
-        best = splat(np.float32(-np.inf))
-        for column in range(0, width, LANES):
-            best = maximum(_load(at, column, width), best)
-        peak = reduce_max(best)
-        total = splat(np.float32(0.0))
-        for column in range(0, width, LANES):
-            total = add(total, exp_flushed(sub(_load(at, column, width), splat(peak))))
-        column = 0
-        while reduce_max(_load(at, column, width)) != peak:
-            column += LANES
-        while get_f32(at + 4 * column) != peak:
-            column += 1
+        column, prob = likeliest_row(logits + 4 * row * width, width)
         put_i32(places + 4 * row, column)
-        put_f32(probs + 4 * row, np.float32(1.0) / reduce_add(total))
+        put_f32(probs + 4 * row, prob)

@@ -45,6 +45,22 @@ class Job:
     probs: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guesses:
+    """What a pass says of the next tokens of S requests."""
+
+    all_logits: Tensor  # [at least S, V']
+    rows: Sequence[int] | None = None  # of all_logits, one for each request; None: all
+    # Of each request the likeliest token and its chance (NaN: a logit is not finite); None: see
+    # the logits.
+    best: tuple[Sequence[int], Sequence[float]] | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[S, V']; may be changed."""
+        return self.all_logits if self.rows is None else self.all_logits[list(self.rows)]
+
+
 class Guesser(StepWatcher, Protocol):
     """A model with K/V of its own under the target's block ids. It catches up with what requests
     have become when it is asked to, and then goes on by its own guesses."""
@@ -56,9 +72,9 @@ class Guesser(StepWatcher, Protocol):
     def begin(self, step: SchedulerOutput) -> None:
         """A step comes: requests that it brings, and those that ended."""
 
-    def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Tensor | None]:
-        """Those jobs that can be drafted for, and logits [S, V'] of their next tokens."""
+    def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Guesses | None]:
+        """Those jobs that can be drafted for, and guesses at their next tokens."""
 
-    def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Tensor:
-        """Logits [S, V'] behind the last draft of each job. ``kept``: the places that these jobs
-        had in the call before, rising."""
+    def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Guesses:
+        """Guesses behind the last draft of each job. ``kept``: the places that these jobs had in
+        the call before, rising."""

@@ -69,9 +69,9 @@ class ModelProposer:
     def _draft(self, jobs: Sequence[Job], goes_on: GoesOn) -> list[float]:
         """The time at the start and after each pass."""
         times = [self._seconds()]
-        live, logits = self._guesser.catch_up(jobs)
-        while live and logits is not None:
-            has_one = self._drawer.draw(logits, live)
+        live, guesses = self._guesser.catch_up(jobs)
+        while live and guesses is not None:
+            has_one = self._drawer.draw(guesses, live)
             times.append(self._seconds())
             kept = [
                 index
@@ -82,7 +82,7 @@ class ModelProposer:
             ]
             live = [live[index] for index in kept]
             if live:
-                logits = self._guesser.go_on(live, kept)
+                guesses = self._guesser.go_on(live, kept)
         if len(times) == 1:
             times.append(self._seconds())
         return times

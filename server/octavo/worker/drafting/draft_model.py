@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.attention.base import KVLayer
 from octavo.models import Model
 from octavo.types import SchedulerOutput
-from octavo.worker.drafting.base import Job
+from octavo.worker.drafting.base import Guesses, Job
 from octavo.worker.drafting.places import MAX_JOBS, Ints, Places
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.replays import ForwardReplays
@@ -57,7 +57,7 @@ class DraftModelGuesser:
         for has_logits in self._places.usual():
             self._places.run(self._replays, has_logits=has_logits)
 
-    def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Tensor | None]:
+    def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Guesses | None]:
         self.num_read = 0
         token_ids = self._table.token_ids
         reading, firsts, counts = [], [], []
@@ -86,9 +86,10 @@ class DraftModelGuesser:
         if logits is None or len(ready) < len(reading):
             lasts = torch.tensor(counts).cumsum(0)[ready] - 1
             logits = self._model.compute_logits(hidden[lasts]) if ready else None
-        return [reading[i] for i in ready], logits
+        guesses = None if logits is None else Guesses(all_logits=logits)
+        return [reading[i] for i in ready], guesses
 
-    def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Tensor:
+    def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Guesses:
         for job in jobs:
             self._readings[job.request_id].drafts.append(job.drafts[-1])
         _, logits = self._run(
@@ -97,7 +98,7 @@ class DraftModelGuesser:
             tokens=[job.drafts[-1:] for job in jobs],
         )
         assert logits is not None
-        return logits
+        return Guesses(all_logits=logits)
 
     def _settle(self, job: Job) -> int:
         """Of the request's known tokens those with K/V, but for the last, which logits need."""

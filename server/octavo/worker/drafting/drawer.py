@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.sampling import Sampler
-from octavo.worker.drafting.base import Job
+from octavo.worker.drafting.base import Guesses, Job
 from octavo.worker.drafting.places import MAX_JOBS
 from octavo.worker.request_table import RequestTable
 from octavo.worker.sampling_rows import sampling_batch
@@ -39,15 +39,16 @@ class Drawer:
         self._probs = torch.zeros(MAX_JOBS)
         self._all = torch.empty(0 if is_whole else MAX_JOBS, vocab_size)
 
-    def draw(self, logits: Tensor, jobs: Sequence[Job]) -> list[bool]:
-        """Appends to each job the draft that its row of logits [S, V'] gives, with the chance that
-        they give it. Whether there was one. Changes the logits."""
+    def draw(self, guesses: Guesses, jobs: Sequence[Job]) -> list[bool]:
+        """Appends to each job the draft that its row of logits gives, with the chance that they
+        give it. Whether there was one. Changes the logits."""
         table = self._table
         rows = np.asarray([job.row for job in jobs], np.int64)
         depths = np.asarray([len(job.drafts) for job in jobs], np.int32)
         temperature = table.temperature[rows]
         if not temperature.any() and not table.logit_params.is_active[rows].any():
-            return self._draw_best(logits, jobs)
+            return _take(*(guesses.best or self._best(guesses.logits)), jobs)
+        logits = guesses.logits
         scale = np.where(temperature > 0, temperature, 1.0).astype(np.float32)
         totals = torch.logsumexp(logits / torch.from_numpy(scale)[:, None], dim=1).tolist()
         scores = self._spread(logits)
@@ -67,17 +68,11 @@ class Drawer:
                 job.probs.append(min(float(np.exp(score - totals[index])), 1.0))
         return has_one
 
-    def _draw_best(self, logits: Tensor, jobs: Sequence[Job]) -> list[bool]:
-        count = len(jobs)
+    def _best(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        count = len(logits)
         places, probs = likeliest(logits, places=self._places[:count], probs=self._probs[:count])
         tokens = places.numpy() if self._ids is None else self._ids[places.numpy()]
-        has_one = []
-        for job, token, prob in zip(jobs, tokens.tolist(), probs.tolist(), strict=True):
-            has_one.append(prob == prob)  # else a logit is not finite
-            if has_one[-1]:
-                job.drafts.append(token)
-                job.probs.append(prob)
-        return has_one
+        return tokens.tolist(), probs.tolist()
 
     def _spread(self, logits: Tensor) -> Tensor:
         """Logits of all tokens [S, V]."""
@@ -86,3 +81,13 @@ class Drawer:
         found = self._all[: len(logits)].fill_(-torch.inf)
         found[:, self._token_ids] = logits
         return found
+
+
+def _take(tokens: Sequence[int], probs: Sequence[float], jobs: Sequence[Job]) -> list[bool]:
+    has_one = []
+    for job, token, prob in zip(jobs, tokens, probs, strict=True):
+        has_one.append(prob == prob)  # else a logit is not finite
+        if has_one[-1]:
+            job.drafts.append(token)
+            job.probs.append(prob)
+    return has_one

@@ -19,8 +19,8 @@ from octavo.attention.base import KVLayer
 from octavo.models import Taps
 from octavo.models.draft_head import DraftHead, OwnPass, TapPass
 from octavo.types import SchedulerOutput
-from octavo.worker.drafting.base import Job
-from octavo.worker.drafting.places import MAX_JOBS, USUAL, Places
+from octavo.worker.drafting.base import Guesses, Job
+from octavo.worker.drafting.places import MAX_JOBS, USUAL, FollowedPass, Following, Places
 from octavo.worker.input_batch import InputBatch
 from octavo.worker.replays import ForwardReplays
 from octavo.worker.request_table import RequestTable
@@ -82,13 +82,19 @@ class HeadGuesser:
         size = head.spec.layer.hidden_size
         waiting = torch.zeros(self._places.max_num_tokens, taps.out.shape[1])
         self._waiting = waiting.numpy()
-        self._features = torch.zeros(MAX_JOBS, size)
-        buffers = self._places.buffers
-        self._reads, self._guesses = (
-            ForwardReplays(each, kv_caches=[kv_cache], buffers=buffers)
-            for each in (TapPass(head, waiting), OwnPass(head, self._features))
+        following = self._following = Following(
+            token_ids=head.token_ids.to(torch.int32),
+            features=torch.zeros(MAX_JOBS, size),
+            probs=torch.zeros(MAX_JOBS),
         )
-        self._hidden = self._features  # of the last pass, a row for each job
+        self._reading, guessing = (
+            FollowedPass(each, places=self._places, following=following)
+            for each in (TapPass(head, waiting), OwnPass(head, following.features))
+        )
+        self._reads, self._guesses = (
+            ForwardReplays(each, kv_caches=[kv_cache], buffers=self._places.buffers)
+            for each in (self._reading, guessing)
+        )
         self._readings: dict[str, _Reading] = {}
         self.num_read = 0
         self._has_failed = False
@@ -141,7 +147,7 @@ class HeadGuesser:
         reading.taps[reading.count : reading.count + len(taps)] = taps
         reading.count += len(taps)
 
-    def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Tensor | None]:
+    def catch_up(self, jobs: Sequence[Job]) -> tuple[list[Job], Guesses | None]:
         self.num_read = 0
         ready = [job for job in jobs if self._is_ready(job)]
         if not ready:
@@ -168,19 +174,20 @@ class HeadGuesser:
         for reading in readings:
             reading.done += reading.count
             reading.count = 0
-        if at > len(ready):
-            lasts = torch.tensor(counts).cumsum(0) - 1
-            hidden = hidden[lasts]
-            logits = self._head.compute_logits(hidden) if logits is None else logits[lasts]
-        self._hidden, self.num_read = hidden, at
-        return ready, logits
+        self.num_read = at
+        lasts = None if at == len(ready) else (np.cumsum(counts) - 1).tolist()
+        if logits is None:
+            hidden, lasts = hidden[lasts], None
+            self._places.shrink()
+            logits = self._reading.compute_logits(hidden)
+        return ready, self._guessed(logits, lasts)
 
-    def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Tensor:
-        if len(kept) == len(self._hidden):
-            self._features[: len(jobs)] = self._hidden
-            self._places.advance([job.drafts[-1] for job in jobs])
+    def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Guesses:
+        if len(kept) == self._places.num_requests:
+            self._places.go_on([job.drafts[-1] for job in jobs])
         else:
-            self._features[: len(jobs)] = self._hidden[list(kept)]
+            features = self._following.features
+            features[: len(jobs)] = features[list(kept)]
             self._places.write(
                 [job.row for job in jobs],
                 # The place before the draft's own, as ever.
@@ -189,9 +196,14 @@ class HeadGuesser:
                 token_ids=[job.drafts[-1:] for job in jobs],
                 origins=[self._readings[job.request_id].first for job in jobs],
             )
-        self._hidden, logits = self._places.run(self._guesses, has_logits=True)
+        _, logits = self._places.run(self._guesses, has_logits=True)
         assert logits is not None
-        return logits
+        return self._guessed(logits, None)
+
+    def _guessed(self, logits: Tensor, rows: Sequence[int] | None) -> Guesses:
+        num = self._places.num_requests
+        best = self._places.buffers.token_ids[:num].tolist(), self._following.probs[:num].tolist()
+        return Guesses(all_logits=logits, rows=rows, best=best)
 
     def _is_ready(self, job: Job) -> bool:
         """Whether all of its computed places have been seen, from the first of a block on."""

@@ -7,19 +7,32 @@ block than the request: then positions and lengths count from there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from octavo.models.base import Pass
 from octavo.worker.input_batch import StepBuffers
 from octavo.worker.replays import ForwardReplays
 from octavo.worker.request_table import RequestTable
+from octavo_kernels.drafting import cpu as drafting
 
 MAX_JOBS = 16  # requests in a pass
+MAX_FOLLOWING = 64  # places behind those of a pass that further ones may add
 # Numbers of tokens that passes will often have: of one request, and of as many.
 USUAL = range(1, 9)
 Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Following:
+    """Memory through which passes of a head follow each other."""
+
+    token_ids: Tensor  # [V'] int32: tokens that columns of logits stand for
+    features: Tensor  # [MAX_JOBS, D] of the next pass
+    probs: Tensor  # [MAX_JOBS] of its tokens
 
 
 class Places:
@@ -30,9 +43,7 @@ class Places:
         self.max_num_tokens = max_num_tokens
         self.buffers = StepBuffers(table, max_num_tokens=max_num_tokens)
         self.num_tokens = 0  # of the pass that was written last
-        # Of its requests: rows of the table, last places, the first blocks of their sequences.
-        self._rows = self._lasts = self._starts = np.zeros(0, np.int64)
-        self._order = np.arange(MAX_JOBS + 1)
+        self.num_requests = 0
 
     def write(
         self,
@@ -56,32 +67,40 @@ class Places:
             buffers.positions[at:end] = places - origin
             buffers.slots[at:end] = blocks[places // size] * size + places % size
             buffers.token_ids[at:end] = tokens
-            start, stop = origin // size, (first + count - 1) // size + 1
-            buffers.block_tables[index, : stop - start] = blocks[start:stop]
+            # And the blocks of places that may follow.
+            start, stop = origin // size, (first + count - 1 + MAX_FOLLOWING) // size + 1
+            known = blocks[start:stop]
+            buffers.block_tables[index, : len(known)] = known
             buffers.seq_lens[index] = first + count - origin
             at = buffers.query_start_loc[index + 1] = end
         buffers.num_requests[0] = len(rows)
         assert at <= self.max_num_tokens
         self.num_tokens = at
-        self._rows = np.asarray(rows, np.int64)
-        self._lasts = np.asarray(firsts, np.int64) + np.asarray(counts) - 1
-        self._starts = np.asarray(origins, np.int64) // size
+        self.num_requests = len(rows)
 
-    def advance(self, token_ids: Sequence[int]) -> None:
-        """For the same requests the place behind their last, with a token each."""
-        buffers, size, num = self.buffers, self._table.block_size, len(self._rows)
-        self._lasts = places = self._lasts + 1
-        numbers = places // size
-        blocks = self._table.block_tables[self._rows, numbers]
-        numbers -= self._starts
-        buffers.positions[:num] = places - self._starts * size
-        buffers.slots[:num] = blocks * size + places % size
-        buffers.token_ids[:num] = token_ids
-        buffers.block_tables[self._order[:num], numbers] = blocks
-        buffers.seq_lens[:num] += 1
-        if self.num_tokens != num:
-            buffers.query_start_loc[: num + 1] = self._order[: num + 1]
-            self.num_tokens = num
+    def follow(self, logits: Tensor, hidden: Tensor, *, following: Following) -> None:
+        """One launch, which a recording replays: the likeliest token of each request, behind its
+        last place, is the next pass, its row of hidden [T, D] that pass's feature."""
+        buffers = self.buffers
+        drafting.follow(
+            1, logits.data_ptr(), logits.shape[1], following.token_ids.data_ptr(),
+            hidden.data_ptr(), following.features.data_ptr(), 4 * hidden.shape[1],
+            buffers.num_requests.ctypes.data, buffers.query_start_loc.ctypes.data,
+            buffers.token_ids.ctypes.data, buffers.positions.ctypes.data,
+            buffers.slots.ctypes.data, buffers.block_tables.ctypes.data,
+            buffers.block_tables.strides[0], self._table.block_size,
+            buffers.seq_lens.ctypes.data, following.probs.data_ptr(),
+        )  # fmt: skip
+
+    def shrink(self) -> None:
+        """Of the pass's tokens each request's last alone are the rows that `follow` gets."""
+        num = self.num_requests
+        self.buffers.query_start_loc[: num + 1] = np.arange(num + 1)
+
+    def go_on(self, token_ids: Sequence[int]) -> None:
+        """The pass that `follow` left, with these tokens."""
+        num = self.num_tokens = self.num_requests
+        self.buffers.token_ids[:num] = token_ids
 
     def run(self, replays: ForwardReplays, *, has_logits: bool) -> tuple[Tensor, Tensor | None]:
         """The pass that was written, as `ForwardReplays.run`."""
@@ -89,7 +108,7 @@ class Places:
         if found is not None:
             return found
         token_ids, attn = self.buffers.of_batch(
-            num_tokens=self.num_tokens, num_requests=len(self._rows)
+            num_tokens=self.num_tokens, num_requests=self.num_requests
         )
         return replays.run(token_ids, attn, has_logits=has_logits)
 
@@ -108,3 +127,16 @@ class Places:
                         origins=[0] * len(counts),
                     )
                     yield len(counts) == size
+
+
+class FollowedPass:
+    """`Pass` of a head that leaves the next pass behind: see `Places.follow`."""
+
+    def __init__(self, inner: Pass, *, places: Places, following: Following) -> None:
+        self._inner, self._places, self._following = inner, places, following
+        self.forward = inner.forward
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits = self._inner.compute_logits(hidden)
+        self._places.follow(logits, hidden, following=self._following)
+        return logits
