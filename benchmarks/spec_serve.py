@@ -171,6 +171,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     """Measures all turns; each row is printed as it comes, and kept if asked."""
     about = passport()
     modes = {name: MODES[name] for name in args.modes} | dict(args.config)
+    if args.head is not None:
+        modes["auto, head"] = json.dumps({"method": "auto", "model": str(args.head.resolve())})
     servers: dict[str, Server] = {}
     rows: list[Row] = []
     try:
@@ -340,7 +342,7 @@ def _named(text: str) -> tuple[str, str]:
     return name, config
 
 
-def _end(number: int, frame: object) -> None:
+def end_cleanly(number: int, frame: object) -> None:
     """Ends as after an error, so that no server is left behind."""
     sys.exit(128 + number)
 
@@ -355,6 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--sets", nargs="+", default=list(SETS))
     add("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     add("--config", type=_named, action="append", default=[], metavar="NAME=JSON", help="more")
+    add("--head", type=Path, help="folder of a draft head: `auto` with it as one more mode")
     add("--concurrency", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64])
     add("--requests", type=_counts, default=_counts(REQUESTS), help="by concurrency")
     add("--tokens", type=int, default=96, help="most of an answer")
@@ -388,5 +391,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_cleanly)
     main()
