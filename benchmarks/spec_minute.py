@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -124,8 +125,9 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: of each concurrency the seconds and throughput of both, and what `auto` said."""
-    lines = ["| in flight | seconds each | off, tok/s | `auto` | ratio | `auto`'s own estimates | "
-             "guarded |", "|---:|---:|---:|---:|---:|---|---:|"]  # fmt: skip
+    lines = ["| in flight | seconds each | off, tok/s | `auto` | ratio | median of pairs | "
+             "`auto`'s own estimates | guarded |",
+             "|---:|---:|---:|---:|---:|---:|---|---:|"]  # fmt: skip
     for level in sorted({row["concurrency"] for row in rows}):
         of_mode = {
             mode: [row for row in rows if row["concurrency"] == level and row["mode"] == mode]
@@ -138,13 +140,19 @@ def table(rows: Sequence[Row]) -> str:
             mode: sum(row["out_tokens"] for row in each) / seconds[mode]
             for mode, each in of_mode.items()
         }
-        gains = ", ".join(f"{row['gain']:+.3f}" for row in of_mode["auto"])
+        pairs: dict[tuple[str, int], dict[str, float]] = {}
+        for row in (*of_mode["off"], *of_mode["auto"]):
+            rate = row["out_tokens"] / row["seconds"]
+            pairs.setdefault((row["run"], row["slice"]), {})[row["mode"]] = rate
+        ratios = [pair["auto"] / pair["off"] for pair in pairs.values() if len(pair) == 2]
+        values = [row["gain"] for row in of_mode["auto"]]
+        gains = f"{min(values):+.3f} to {max(values):+.3f}"
         guarded: dict[str, int] = {}
         for row in of_mode["auto"]:  # a counter of each run's server
             guarded[row["run"]] = row["guarded"]
         lines.append(
             f"| {level} | {seconds['auto']:.0f} | {rates['off']:.0f} | {rates['auto']:.0f} | "
-            f"{rates['auto'] / rates['off']:.3f} | {gains} | {sum(guarded.values())} |"
+            f"{rates['auto'] / rates['off']:.3f} | {statistics.median(ratios):.3f} | {gains} | {sum(guarded.values())} |"
         )
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from benchmarks.spec_minute import of_last_commit, slices, table
 
 
 def row(mode: str, **values: Any) -> dict[str, Any]:
-    one = {"run": "r1", "commit": "c", "mode": mode, "concurrency": 16, "seconds": 10.0}
+    one = {"run": "r1", "commit": "c", "mode": mode, "concurrency": 16, "seconds": 10.0, "slice": 0}
     return {**one, "gain": 0.01, "guarded": 0, **values}
 
 
@@ -35,12 +35,12 @@ def test_the_table_sums_slices_and_a_servers_counter_counts_once() -> None:
     rows = [
         row("off", out_tokens=1000),
         row("auto", out_tokens=1100, guarded=1),
-        row("off", out_tokens=3000),
-        row("auto", out_tokens=2860, guarded=2, gain=-0.015),
+        row("off", out_tokens=3000, slice=1),
+        row("auto", out_tokens=2860, slice=1, guarded=2, gain=-0.015),
         row("auto", out_tokens=9, concurrency=32),
     ]
     last = table(rows).splitlines()[-1]
-    assert last == "| 16 | 20 | 200 | 198 | 0.990 | +0.010, -0.015 | 2 |"
+    assert last == "| 16 | 20 | 200 | 198 | 0.990 | 1.027 | -0.015 to +0.010 | 2 |"
 
 
 def test_rows_of_the_last_commit_are_taken(tmp_path: Path) -> None:
