@@ -152,7 +152,8 @@ def table(rows: Sequence[Row]) -> str:
             guarded[row["run"]] = row["guarded"]
         lines.append(
             f"| {level} | {seconds['auto']:.0f} | {rates['off']:.0f} | {rates['auto']:.0f} | "
-            f"{rates['auto'] / rates['off']:.3f} | {statistics.median(ratios):.3f} | {gains} | {sum(guarded.values())} |"
+            f"{rates['auto'] / rates['off']:.3f} | {statistics.median(ratios):.3f} | {gains} | "
+            f"{sum(guarded.values())} |"
         )
     return "\n".join(lines)
 
