@@ -94,6 +94,7 @@ _HOPPER_ROWS = (8, 16, 24, 32, 40, 48, 56, 64)
 _HALF, _WHOLE = 112 * 1024, 224 * 1024
 _HOPPER_RINGS = ((_HALF, 64), (_HALF, 128), (_HALF, 256), (_WHOLE, 128), (_WHOLE, 256))
 _MULTIPROCESSORS = 132
+_HEAD_ROWS = 100_000  # weights of as many rows are a head's
 # (BLOCK_M, BLOCK_N, warps, stages) at BLOCK_K 64 for 128 and 256 rows, then for many
 _MIDDLE = (
     (64, 32, 4, 5),
@@ -193,7 +194,8 @@ def _tiles(key: str, gated: bool) -> list[Choice]:
         more = _wide(_MANY if bucket == BUCKETS[-1] else _MIDDLE, bucket, gated)
     found = [default_tile(n, k, dtype, bucket, gated)]
     for tile in more:
-        if tile not in found and shared_bytes(tile, gated) <= SHARED_BYTES:
+        taken = shared_bytes(tile, gated, is_widened=n >= _HEAD_ROWS)
+        if tile not in found and taken <= SHARED_BYTES:
             found.append(tile)
     return found
 
@@ -203,10 +205,11 @@ def _make(key: str, choice: Choice, gated: bool) -> Callable[[], Any]:
     rows = _ROWS.get(bucket, bucket)
     x = torch.randn(rows, k, device="cuda", dtype=dtype)
     weight = torch.randn(n, k, device="cuda", dtype=dtype)
-    out = torch.empty(rows, n // 2 if gated else n, device="cuda", dtype=dtype)
+    out_dtype = torch.float32 if n >= _HEAD_ROWS else dtype  # logits are float32
+    out = torch.empty(rows, n // 2 if gated else n, device="cuda", dtype=out_dtype)
     activation = "silu_mul" if gated else None
     if not choice.get("cublas"):
-        tile = choice if "BLOCK_M" in choice else tile_for(n, k, dtype, rows, gated=gated)
+        tile = choice if "BLOCK_M" in choice else tile_for(n, k, dtype, rows, gated=gated, out_dtype=out_dtype)
         early = bool(tile.get("PDL", 0))
         return lambda: by_tile(x, weight, tile, activation=activation, out=out, use_pdl=early)
     if not cublas.is_held():
@@ -219,7 +222,7 @@ def _keys(gated: bool, buckets: Sequence[int]) -> tuple[str, ...]:
     pairs = [(shape, b) for b in buckets for shape in _SHAPES_8B]
     pairs += [(shape, b) for b in (8, 16, 256) if b in buckets for shape in _SHAPES_SMALL]
     # A head multiplies the rows that sample, never a whole prompt.
-    pairs = [(shape, b) for shape, b in pairs if b <= 256 or shape[0] < 100_000]
+    pairs = [(shape, b) for shape, b in pairs if b <= 256 or shape[0] < _HEAD_ROWS]
     kept = [(shape, b) for shape, b in pairs if not gated or shape in _GATED]
     return tuple(tuned_key(n, k, torch.bfloat16, b) for (n, k), b in kept)
 

@@ -157,6 +157,12 @@ def test_a_plan_grows_with_what_it_is_for() -> None:
     assert shorter.concurrency(1024) > 3.9 * shorter.concurrency(4096)
 
 
+def test_a_tiny_models_cache_is_not_as_large_as_the_gpu() -> None:
+    made = plan(TINY, 80)
+    assert made.sizes.num_blocks == 1 << 20
+    assert plan(TINY, 80, num_gpu_blocks_override=1 << 21).sizes.num_blocks == 1 << 21
+
+
 def test_the_context_is_cut_to_fit_and_said() -> None:
     made = plan(LLAMA, 24)
     length = made.sizes.max_model_len

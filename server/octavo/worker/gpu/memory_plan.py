@@ -25,6 +25,9 @@ GIB = 1 << 30
 _LARGE_GPU = 40 * GIB
 _STEP_TOKENS, _SMALL_STEP_TOKENS = 8192, 2048  # by default, on large and on small GPUs
 _SEARCH_STEPS = 12
+# Of a cache whose size nobody asked for: tiny models on large GPUs would have tens of millions, and
+# the host a list entry for each. Slots of as many blocks are 32-bit numbers, too.
+_MOST_BLOCKS = 1 << 20
 _MIB = 1 << 20
 
 
@@ -204,7 +207,7 @@ class _Attempt:
         return memory.reserved
 
     def _most_blocks(self, room: int) -> int:
-        least, beyond = 0, max(room // self.block_bytes, 0) + 1
+        least, beyond = 0, min(max(room // self.block_bytes, 0), _MOST_BLOCKS) + 1
         while beyond - least > 1:
             middle = (least + beyond) // 2
             if self.cache_bytes(middle) <= room:
