@@ -205,11 +205,12 @@ def _make(key: str, choice: Choice, gated: bool) -> Callable[[], Any]:
     rows = _ROWS.get(bucket, bucket)
     x = torch.randn(rows, k, device="cuda", dtype=dtype)
     weight = torch.randn(n, k, device="cuda", dtype=dtype)
-    out_dtype = torch.float32 if n >= _HEAD_ROWS else dtype  # logits are float32
+    is_cublas = "cublas" in choice  # which never writes logits: those are float32
+    out_dtype = torch.float32 if n >= _HEAD_ROWS and not is_cublas else dtype
     out = torch.empty(rows, n // 2 if gated else n, device="cuda", dtype=out_dtype)
     activation = "silu_mul" if gated else None
     if not choice.get("cublas"):
-        tile = choice if "BLOCK_M" in choice else tile_for(n, k, dtype, rows, gated=gated, out_dtype=out_dtype)
+        tile = choice if "BLOCK_M" in choice else tile_for(n, k, dtype, rows, gated=gated)
         early = bool(tile.get("PDL", 0))
         return lambda: by_tile(x, weight, tile, activation=activation, out=out, use_pdl=early)
     if not cublas.is_held():
