@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo_kernels.columns import check_column, refusal
 from octavo_kernels.drafting.gpu_kernel import PLACES, accept_runs, propose_rows
 from octavo_kernels.launch import launch
 
@@ -50,7 +51,7 @@ def propose(
         ("sample_rows", sample_rows, num_samples),
         ("sample_positions", sample_positions, num_samples),
     ):
-        _check_column(name, tensor, size, torch.int32, beside=batch_rows)
+        check_column(name, tensor, size, torch.int32, beside=batch_rows)
     _check_table(token_table, num_tokens)
     if not 1 <= min_length <= max_length:
         raise ValueError(f"min_length must be 1 to max_length={max_length}, got {min_length}")
@@ -86,14 +87,14 @@ def accept(
     All but tokens are int32. Raises ValueError for other dtypes or shapes.
     """
     num_samples = sample_rows.shape[0]
-    _check_column("sample_rows", sample_rows, num_samples, torch.int32, beside=sample_rows)
-    _check_column("tokens", tokens, num_samples, torch.int64, beside=sample_rows)
-    _check_column("num_drawn", num_drawn, num_samples, torch.int32, beside=sample_rows)
+    check_column("sample_rows", sample_rows, num_samples, torch.int32, beside=sample_rows)
+    check_column("tokens", tokens, num_samples, torch.int64, beside=sample_rows)
+    check_column("num_drawn", num_drawn, num_samples, torch.int32, beside=sample_rows)
     _check_table(token_table, num_tokens)
     if counts.dtype != torch.int32 or counts.dim() != 2 or not counts.is_contiguous():
-        raise _refusal("counts", counts, "contiguous int32 [N, V]")
+        raise refusal("counts", counts, "contiguous int32 [N, V]")
     if counts.shape[0] != token_table.shape[0]:
-        raise _refusal("counts", counts, f"of {token_table.shape[0]} rows")
+        raise refusal("counts", counts, f"of {token_table.shape[0]} rows")
     if max_drafts < 0:
         raise ValueError(f"max_drafts must be at least 0, got {max_drafts}")
     launch(
@@ -108,20 +109,5 @@ def accept(
 
 def _check_table(token_table: Tensor, num_tokens: Tensor) -> None:
     if token_table.dtype != torch.int32 or token_table.dim() != 2 or token_table.stride(1) != 1:
-        raise _refusal("token_table", token_table, "int32 [N, L] without gaps in its rows")
-    _check_column("num_tokens", num_tokens, token_table.shape[0], torch.int32, beside=token_table)
-
-
-def _check_column(
-    name: str, tensor: Tensor, size: int, dtype: torch.dtype, *, beside: Tensor
-) -> None:
-    fits = tensor.shape == (size,) and tensor.is_contiguous() and tensor.device == beside.device
-    if tensor.dtype != dtype or not fits:
-        raise _refusal(name, tensor, f"contiguous {dtype} [{size}] on {beside.device}")
-
-
-def _refusal(name: str, tensor: Tensor, need: str) -> ValueError:
-    return ValueError(
-        f"{name} must be {need}, got {tensor.dtype} {list(tensor.shape)} with strides "
-        f"{tensor.stride()} on {tensor.device}"
-    )
+        raise refusal("token_table", token_table, "int32 [N, L] without gaps in its rows")
+    check_column("num_tokens", num_tokens, token_table.shape[0], torch.int32, beside=token_table)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo_kernels.columns import check_column, refusal
 from octavo_kernels.launch import launch
 from octavo_kernels.step_inputs.gpu_kernel import (
     build_rows,
@@ -73,9 +74,9 @@ def scatter_words(words: Tensor, *, ranges: Tensor, arena: Tensor, max_len: int)
     for name, tensor, num_dims in (("words", words, 1), ("arena", arena, 1), ("ranges", ranges, 2)):
         _check(name, tensor, num_dims=num_dims, beside=words)
         if not tensor.is_contiguous() or tensor.numel() > _MAX_WORDS:
-            raise _refusal(name, tensor, f"contiguous and of at most {_MAX_WORDS} words")
+            raise refusal(name, tensor, f"contiguous and of at most {_MAX_WORDS} words")
     if ranges.shape[1] != 3:
-        raise _refusal("ranges", ranges, "[U, 3]")
+        raise refusal("ranges", ranges, "[U, 3]")
     parts = _parts(max_len)
     launch(
         scatter_ranges,
@@ -127,7 +128,7 @@ def build_step_inputs(
         ("positions", positions[:num_tokens], num_tokens),
         ("slots", slots[:num_tokens], num_tokens),
     ):
-        _check_column(name, tensor, size, torch.int32, beside=batch_rows)
+        check_column(name, tensor, size, torch.int32, beside=batch_rows)
     num_rows = token_table.shape[0]
     for name, tensor, size in (
         ("token_table", token_table, num_rows),
@@ -136,7 +137,7 @@ def build_step_inputs(
     ):
         _check(name, tensor, num_dims=2, beside=batch_rows)
         if tensor.shape[0] != size or tensor.stride(1) != 1:
-            raise _refusal(name, tensor, f"of {size} rows without gaps in them")
+            raise refusal(name, tensor, f"of {size} rows without gaps in them")
     max_blocks = min(block_table.shape[1], block_tables.shape[1])
     parts = _parts(max(min(max_query_len, num_tokens), max_blocks))
     launch(
@@ -171,11 +172,11 @@ def gather_sampling(
     table = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     table["seeds"] = seeds
     for name, tensor in (("rows", rows), ("positions", positions)):
-        _check_column(name, tensor, num_samples, torch.int32, beside=rows)
+        check_column(name, tensor, num_samples, torch.int32, beside=rows)
     for name, tensor in table.items():
-        _check_column(name, tensor, temperature.shape[0], _DTYPES[name], beside=rows)
+        check_column(name, tensor, temperature.shape[0], _DTYPES[name], beside=rows)
     for name, tensor in out.arguments().items():
-        _check_column(f"out.{name}", tensor, num_samples, _DTYPES[name], beside=rows)
+        check_column(f"out.{name}", tensor, num_samples, _DTYPES[name], beside=rows)
     launch(
         gather_columns,
         (-(-num_samples // _SAMPLES),),
@@ -199,12 +200,12 @@ def gather_rows(hidden: Tensor, index: Tensor, *, out: Tensor, use_pdl: bool = F
     """
     _check("index", index, num_dims=1, beside=hidden)
     if hidden.dim() != 2 or not hidden.is_contiguous() or not hidden.numel():
-        raise _refusal("hidden", hidden, "contiguous [T, D], not empty")
+        raise refusal("hidden", hidden, "contiguous [T, D], not empty")
     if not index.is_contiguous():
-        raise _refusal("index", index, "contiguous [S]")
+        raise refusal("index", index, "contiguous [S]")
     shape = (index.shape[0], hidden.shape[1])
     if out.shape != shape or out.dtype != hidden.dtype or not out.is_contiguous():
-        raise _refusal("out", out, f"contiguous {list(shape)} of {hidden.dtype}")
+        raise refusal("out", out, f"contiguous {list(shape)} of {hidden.dtype}")
     launch(
         gather_matrix_rows,
         (index.shape[0], -(-hidden.shape[1] // _COLUMNS)),
@@ -227,19 +228,4 @@ def _parts(size: int) -> int:
 
 def _check(name: str, tensor: Tensor, *, num_dims: int, beside: Tensor) -> None:
     if tensor.dtype != torch.int32 or tensor.dim() != num_dims or tensor.device != beside.device:
-        raise _refusal(name, tensor, f"int32 of {num_dims} dimensions on {beside.device}")
-
-
-def _check_column(
-    name: str, tensor: Tensor, size: int, dtype: torch.dtype, *, beside: Tensor
-) -> None:
-    fits = tensor.shape == (size,) and tensor.is_contiguous() and tensor.device == beside.device
-    if tensor.dtype != dtype or not fits:
-        raise _refusal(name, tensor, f"contiguous {dtype} [{size}] on {beside.device}")
-
-
-def _refusal(name: str, tensor: Tensor, need: str) -> ValueError:
-    return ValueError(
-        f"{name} must be {need}, got {tensor.dtype} {list(tensor.shape)} with strides "
-        f"{tensor.stride()} on {tensor.device}"
-    )
+        raise refusal(name, tensor, f"int32 of {num_dims} dimensions on {beside.device}")
