@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 
 from octavo_kernels.matmul.cpu import read_id, refuse_row
@@ -47,7 +48,7 @@ from octavo_kernels.simd import (
     store_f32,
     store_f32_masked,
 )
-from octavo_kernels.vectors import F32, vector_op
+from octavo_kernels.vectors import F32, I32, call_llvm, pointer, vector_op
 
 # How far ahead of their sums tiles of fewer than _AHEAD_ROWS rows ask for weights: they wait for
 # memory. Others have the time to ask for the panels after theirs.
@@ -90,19 +91,49 @@ def _gate(sums: int, panels: int, rows: int, gate: int) -> None:
             store_f32(at, gate_silu(value, up) if gate == SILU else gate_gelu(value, up))
 
 
+@vector_op(types.void, types.int64)
+def _fetch_to_write(b: Any, a: Any) -> Any:
+    """Asks for a line of memory for this core alone."""
+    values = [pointer(b, a[0], I32), I32(1), I32(3), I32(1)]
+    call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), values)
+
+
+@device
+def _expect(out, row, rows, column):
+    """Asks for where `_put` will read and write: waiting for that took a seventh of a matmul."""
+    for at in range(4 * (row * out.n + column), 4 * ((row + rows) * out.n + column), 4 * out.n):
+        _fetch_to_write(out.at + at)
+        _fetch_to_write(out.at + at + SUM_BYTES)
+        if out.residual != 0:
+            _fetch_to_write(out.residual + at)
+            _fetch_to_write(out.residual + at + SUM_BYTES)
+
+
 @device
 def _put(
     sums: int, rows: int, row: int, column: int, n: int, out: int, bias: int, more: int
 ) -> None:
     """out = (sums + bias) + more over a panel; either may be absent (address 0)."""
+    shift, end = 4 * (row * n + column), sums + rows * SUM_BYTES
+    if n - column >= LANES:
+        for at in range(sums, end, SUM_BYTES):
+            value = load_f32(at)
+            if bias != 0:
+                value = add(value, load_f32(bias + 4 * column))
+            if more != 0:
+                value = add(value, load_f32(more + shift))
+            store_f32(out + shift, value)
+            shift += 4 * n
+        return
     mask = first_lanes(n - column)
-    for r in range(rows):
-        value, shift = load_f32(sums + r * SUM_BYTES), 4 * ((row + r) * n + column)
+    for at in range(sums, end, SUM_BYTES):
+        value = load_f32(at)
         if bias != 0:
             value = add(value, load_f32_masked(bias + 4 * column, mask))
         if more != 0:
             value = add(value, load_f32_masked(more + shift, mask))
         store_f32_masked(out + shift, value, mask)
+        shift += 4 * n
 
 
 @device
@@ -220,10 +251,11 @@ def _unit_runner(kind: Kind, path: CpuPath) -> Any:
                 after = first + width * panel_bytes if panel + width < end * step * width else 0
                 pair = _pair_at(first, other, after, after + second, num_rows, blocks, piece_bytes)
                 for chunk in range(group, last):
-                    row = chunk_start(chunk, num_rows)
+                    row, rows = chunk_start(chunk, num_rows), chunk_height(chunk, num_rows)
+                    if out.gate == 0:
+                        _expect(out, row, rows, panel * LANES)
                     at = sums + (chunk - group) * _CHUNK_BYTES + index * _TILE_BYTES
-                    run_chunk(pair, chunk_height(chunk, num_rows), chunk,
-                              records + row * blocks * size, blocks, at)  # fmt: skip
+                    run_chunk(pair, rows, chunk, records + row * blocks * size, blocks, at)
             for chunk in range(group, last):
                 row, rows = chunk_start(chunk, num_rows), chunk_height(chunk, num_rows)
                 _finish(out, sums + (chunk - group) * _CHUNK_BYTES, unit, row, rows)
