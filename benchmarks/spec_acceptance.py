@@ -2,9 +2,10 @@
 
 ``record`` generates answers to prompts once; ``peer`` has a running server with speculation of its
 own generate them (vLLM with ``--speculative-config``), and tells what it counted. ``replay`` lets
-proposers draft along such answers, and the controller on a device that takes given times, which
-knows no noise but the proposers' own. Mean accepted lengths are vLLM's: 1 + accepted tokens /
-drafts, of the steps that had any.
+proposers draft along such answers, and the controller on a device that takes given times (see
+`spec_costs`), which knows no noise but the proposers' own; beside it `known`: what the same drafts
+would bring if each were cut where it goes wrong. Mean accepted lengths are vLLM's: 1 + accepted
+tokens / drafts, of the steps that had any.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from octavo.speculative.proposer import Proposal, Proposer
 from octavo.speculative.suffix import SuffixProposer
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 
-SETS = ("prompts_sum", "prompts_humaneval", "prompts_mt_bench")
+SETS = ("prompts_sum", "prompts_humaneval", "prompts_mt_bench", "prompts_gsm8k")
 
 
 class DeviceLookup:
@@ -72,8 +73,12 @@ METHODS: dict[str, Callable[[], Proposer]] = {
     "suffix": SuffixProposer,
     "suffix, spec factor 4": lambda: SuffixProposer(spec_factor=4.0, min_token_prob=0.05),
 }
-# Milliseconds of a step by its tokens: SmolLM2-135M, int8, two cores.
-CPU_COST = "1:4.5,2:4.8,4:5.2,8:7,16:11,32:19,64:35,512:259"
+# Milliseconds of a step by its context and its tokens: SmolLM2-135M, int8, two cores.
+CPU_COST = (
+    "128=1:3.0,2:3.3,3:3.5,4:3.7,6:4.1,8:4.6,12:5.7,16:8,32:16,64:32,512:256;"
+    "900=1:3.5,2:4.0,3:4.5,4:4.8,6:5.5,8:6.3,12:8.2,16:11,32:21,64:42,512:330"
+)
+Cost = Callable[[int, float], float]  # tokens, mean context -> seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,9 +215,31 @@ def arrivals(answers: Sequence[Answer]) -> Iterator[tuple[str, Answer]]:
     return ((f"r{i}", each) for i, each in enumerate(answers) if len(each.tokens) > each.start + 1)
 
 
-def replay_auto(
-    answers: Sequence[Answer], *, requests: int, cost: Callable[[int], float], k: int
-) -> Any:
+def replay_known(answers: Sequence[Answer], *, cost: Cost, k: int) -> Any:
+    """How much faster one request at a time were if each draft of `auto`'s proposer ended before
+    its first wrong token: no choice of their number can do better."""
+    proposer = METHODS["suffix, spec factor 4"]()
+    without = spent = 0.0
+    drawn = steps = 0
+    for name, answer in arrivals(answers):
+        at, tokens = answer.start + 1, answer.tokens
+        prompt = tokens[: answer.start].tolist()
+        proposer.begin(name, prompt, num_prompt_tokens=answer.start, salt=None)
+        proposer.extend(name, [int(tokens[answer.start])])
+        while at < len(tokens):
+            room = min(k, len(tokens) - at - 1)
+            draft = proposer.propose(name, tokens[:at], max_drafts=room).token_ids if room else ()
+            number = 1 + num_right(answer, at, draft)
+            spent += cost(number, at)
+            without += cost(1, at) * number
+            steps, drawn = steps + 1, drawn + number
+            proposer.extend(name, tokens[at : at + number].tolist())
+            at += number
+        proposer.end(name)
+    return {"speedup": round(without / spent, 3), "tokens_per_step": round(drawn / steps, 3)}
+
+
+def replay_auto(answers: Sequence[Answer], *, requests: int, cost: Cost, k: int) -> Any:
     """The controller with so many requests at a time: how much faster than without drafts.
 
     Drafting takes what it takes here and now, steps what ``cost`` says.
@@ -222,7 +249,7 @@ def replay_auto(
     source = arrivals(answers)
     live: dict[str, tuple[Answer, int]] = {}
     finished: list[str] = []
-    without = computed = drawn = 0.0
+    without = computed = drawn = steps = 0.0
     while True:
         new = [each for _, each in zip(range(requests - len(live)), source, strict=False)]
         live |= {name: (answer, answer.start + 1) for name, answer in new}
@@ -244,21 +271,27 @@ def replay_auto(
         drafts = drafter.draft(outlooks, num_tokens=len(live)) if room else {}
         spent += clock() - began
         number = len(live) + sum(map(len, drafts.values()))
+        context = sum(at for _, at in live.values()) / len(live)
+        took = cost(number, context)
         found = {}
         for name, (answer, at) in live.items():
             end = at + num_right(answer, at, drafts.get(name, ())) + 1
             found[name] = answer.tokens[at:end].tolist()
             live[name] = (answer, end)
         began = clock()
-        drafter.learn(drafts, found, num_tokens=number, seconds=cost(number))
-        spent += clock() - began + cost(number)
+        drafter.learn(drafts, found, num_tokens=number, seconds=took)
+        spent += clock() - began + took
         new_tokens = sum(map(len, found.values()))
-        without += cost(len(live)) * new_tokens / len(live)
-        computed, drawn = computed + number, drawn + new_tokens
+        without += cost(len(live), context) * new_tokens / len(live)
+        computed, drawn, steps = computed + number, drawn + new_tokens, steps + len(live)
         finished = [name for name, (answer, at) in live.items() if at >= len(answer.tokens)]
         for name in finished:
             del live[name]
-    return {"speedup": round(without / spent, 3), "computed_per_token": round(computed / drawn, 2)}
+    return {
+        "speedup": round(without / spent, 3),
+        "tokens_per_step": round(drawn / steps, 3),
+        "computed_per_token": round(computed / drawn, 2),
+    }
 
 
 def new_request(name: str, answer: Answer) -> NewRequest:
@@ -272,11 +305,20 @@ def new_request(name: str, answer: Answer) -> NewRequest:
     )
 
 
-def cost_of(text: str) -> Callable[[int], float]:
-    points = [point.split(":") for point in text.split(",")]
-    xs = [float(x) for x, _ in points]
-    ys = [float(y) * 1e-3 for _, y in points]
-    return lambda num_tokens: float(np.interp(num_tokens, xs, ys))
+def cost_of(text: str) -> Cost:
+    """Of `context=tokens:milliseconds,...;context=...`, or of one such list for all contexts."""
+    contexts, curves = [], []
+    for part in text.split(";"):
+        context, _, points = part.rpartition("=")
+        contexts.append(float(context or 0))
+        pairs = [point.split(":") for point in points.split(",")]
+        curves.append(([float(x) for x, _ in pairs], [float(y) * 1e-3 for _, y in pairs]))
+
+    def cost(num_tokens: int, context: float) -> float:
+        costs = [float(np.interp(num_tokens, xs, ys)) for xs, ys in curves]
+        return float(np.interp(context, contexts, costs))
+
+    return cost
 
 
 def show(row: Mapping[str, Any], about: Mapping[str, Any], *, is_kept: bool) -> None:
@@ -296,6 +338,9 @@ def replay(args: argparse.Namespace) -> None:
                 show(row, about, is_kept=args.write)
     cost = cost_of(args.cost)
     for name, answers in sets.items():
+        found = replay_known(answers, cost=cost, k=max(args.k))
+        row = {"set": name, "method": "known", "requests": 1, "cost": args.cost, **found}
+        show(row, about, is_kept=args.write)
         for requests in args.requests:
             found = replay_auto(answers, requests=requests, cost=cost, k=max(args.k))
             row = {"set": name, "method": "auto", "requests": requests, "cost": args.cost, **found}
@@ -330,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     player.add_argument("--label", default="Octavo's", help="whose answers they are")
     player.add_argument("--k", type=int, nargs="+", default=[3, 5, 8])
     player.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16])
-    player.add_argument("--cost", default=CPU_COST, help="tokens:milliseconds of a step, ...")
+    player.add_argument("--cost", default=CPU_COST, help="of steps, as spec_costs prints it")
     player.add_argument("--write", action="store_true", help="append rows to benchmarks/results")
     player.set_defaults(run=replay)
     args = parser.parse_args(argv)
