@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from unittest import mock
 
 from octavo.config import EngineConfig, ModelConfig, SchedulerConfig
+from octavo.engine.protocols import Executor
 from octavo.speculative import NoDrafts, Outlook
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker import startup
-from octavo.worker.executor import Executor
 from octavo.worker.worker import build_worker
 
 _UNTIMED = 2  # turns at first: recordings are made, memory is touched
