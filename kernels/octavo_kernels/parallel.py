@@ -18,8 +18,7 @@ import platform
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -206,7 +205,7 @@ class Kernel:
     The callee must keep the tensors behind the addresses alive and contiguous.
     """
 
-    __slots__ = ("_address", "_body", "_names", "_pack", "name")
+    __slots__ = ("_address", "_body", "_held", "_names", "_pack", "name")
 
     def __init__(self, body: Callable[..., None]) -> None:
         code = body.__code__
@@ -217,6 +216,7 @@ class Kernel:
         codes = ("d" if _is_float(body, name) else "q" for name in self._names)
         self._pack = struct.Struct("=" + "".join(codes))
         self._address = 0
+        self._held: Any = None  # `run_held`'s way in, made at its first call
         self.name = f"{body.__module__}.{body.__name__}"
 
     @property
@@ -239,8 +239,8 @@ class Kernel:
         if num_parts <= 0:
             return
         address = self._address or self.address
-        if _recorder is not None:
-            _recorder(address, 0, num_parts, self._pack.pack(*args))
+        if _recorder is not None and _recorder(address, 0, num_parts, self._pack.pack(*args)):
+            return
         pool = _current or _start()
         with pool.lock:
             words = pool.words
@@ -254,15 +254,25 @@ class Kernel:
         For a number that another kernel decides: a replay of this launch reads it again.
         """
         recorder = _recorder
-        if recorder is not None:
-            recorder(self.address, parts_address, 0, self._pack.pack(*args))
-        with paused_recording():
-            self(ctypes.c_int64.from_address(parts_address).value, *args)
+        if recorder and recorder(self.address, parts_address, 0, self._pack.pack(*args)):
+            return
+        self(ctypes.c_int64.from_address(parts_address).value, *args)
+
+    def run_held(self, *args: int | float) -> None:
+        """Runs the only part of a launch that takes microseconds, and is never recorded.
+
+        Keeps the interpreter lock: whoever waits for it would else take it now and keep it while
+        it computes in Python, with all kernel threads idle meanwhile.
+        """
+        if self._held is None:
+            entry = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p)
+            self._held = entry(self.address)
+        self._held(0, 1, self._pack.pack(*args))
 
 
-# Told of every launch of this process while one is being recorded: task, address of the number of
-# parts or 0, that number, packed arguments.
-Recorder = Callable[[int, int, int, bytes], None]
+# Told of every launch of this process while some code is being recorded: task, address of the
+# number of parts or 0, that number, packed arguments. True: it is not to be run now.
+Recorder = Callable[[int, int, int, bytes], bool]
 _recorder: Recorder | None = None
 
 
@@ -270,17 +280,6 @@ def set_recorder(recorder: Recorder | None) -> None:
     """Begins (or, with None, ends) telling of launches."""
     global _recorder
     _recorder = recorder
-
-
-@contextmanager
-def paused_recording() -> Iterator[None]:
-    """Launches of the block are not told of."""
-    global _recorder
-    recorder, _recorder = _recorder, None
-    try:
-        yield
-    finally:
-        _recorder = recorder
 
 
 def run_entries(start: int, end: int) -> None:

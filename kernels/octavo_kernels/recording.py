@@ -1,12 +1,12 @@
-"""Records the kernel launches of some code and runs them again in one native call.
+"""Records the kernel launches of some code and runs them in one native call, again and again.
 
 What CUDA graphs are to a GPU: a decode step makes some 300 launches of a few microseconds each,
 and Python takes longer than that to prepare one. Knows addresses and lifetimes, no kernel.
 
-A replay runs the same kernels with the same arguments: what varies must lie in memory that the
-code does not make. While recording, tensors come from `memory`, and a torch operation that
-computes is refused, for a replay would leave it out. What Python reads of a tensor is not noticed:
-the code must not decide by it.
+Recording runs no kernel. A replay runs them all with the arguments of the recording: what varies
+must lie in memory that the code does not make. While recording, tensors come from `memory`, and a
+torch operation that computes is refused, for a replay would leave it out. What Python reads of a
+tensor is not noticed: the code must not decide by it.
 """
 
 from __future__ import annotations
@@ -166,14 +166,16 @@ class _Keeper:
         if threading.get_ident() == self._thread:
             self._recording.hold(tensor)
 
-    def add(self, task: int, parts_at: int, num_parts: int, args: bytes) -> None:
-        if threading.get_ident() == self._thread:
-            self._recording.add(task, parts_at, num_parts, args)
+    def add(self, task: int, parts_at: int, num_parts: int, args: bytes) -> bool:
+        if threading.get_ident() != self._thread:
+            return False
+        self._recording.add(task, parts_at, num_parts, args)
+        return True
 
 
 @contextmanager
 def recording(arena: Arena) -> Iterator[Recording]:
-    """Runs the block and records its launches; `replay` runs them again once it has ended.
+    """Records the launches of the block, which are not run; `replay` runs them once it has ended.
 
     A tensor from the arena that outlives the block holds what a later replay computes. Raises
     UnrecordableError, out of the block, where a replay would not do all that the block does.

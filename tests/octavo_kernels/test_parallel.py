@@ -64,6 +64,9 @@ def test_arguments_keep_their_types() -> None:
     out = np.zeros(3, np.int64)
     _mixed_args(1, out.ctypes.data, 1.5, -7, 2.25)
     assert out.view(np.float32)[0] == 1.5 and out[1] == -7 and out.view(np.float32)[4] == 2.25
+    out[:] = 0
+    _mixed_args.run_held(out.ctypes.data, -1.5, 9, 0.25)
+    assert out.view(np.float32)[0] == -1.5 and out[1] == 9 and out.view(np.float32)[4] == 0.25
 
 
 def test_a_forked_child_gets_a_pool_of_its_own() -> None:

@@ -55,7 +55,6 @@ def test_a_replay_computes_what_the_code_does_from_what_lies_there_now() -> None
     arena, x = Arena(1 << 20), torch.randn(512)
     with recording(arena) as found:
         result = _chain(x, steps=40)
-    assert torch.equal(result, _chain(x, steps=40))
     for _ in range(3):
         x.copy_(torch.randn(512))
         found.replay()
@@ -101,8 +100,8 @@ def test_a_number_of_parts_that_a_kernel_decides_is_read_at_every_replay() -> No
         cell = memory.hold(torch.frombuffer(bytearray(8), dtype=torch.int64))
         _decide(1, wanted.data_ptr(), cell.data_ptr())
         _count.launch_at(cell.data_ptr(), counts.data_ptr())
-    assert counts.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
-    for number, expected in ((0, [1, 1, 0, 0]), (1, [2, 1, 0, 0]), (4, [3, 2, 1, 1])):
+    assert counts.count_nonzero() == 0
+    for number, expected in ((2, [1, 1, 0, 0]), (0, [1, 1, 0, 0]), (4, [2, 2, 1, 1])):
         wanted[0] = number
         found.replay()
         assert counts.tolist()[:4] == expected
@@ -135,7 +134,7 @@ def test_other_threads_are_not_recorded() -> None:
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-    assert found.num_launches == 1 and counts.tolist() == [2, 0]
+    assert found.num_launches == 1 and counts.tolist() == [1, 0]
     assert places[0].fill_(1.0).sum() == 4
 
 
@@ -145,7 +144,7 @@ def test_launches_can_be_run_one_by_one() -> None:
         _count(2, counts.data_ptr())
         _count(1, counts.data_ptr())
     found.replay_each(calls.append, lambda task: calls.append(-task))
-    assert counts.tolist() == [4, 2]
+    assert counts.tolist() == [2, 1]
     assert calls == [_count.address, -_count.address] * 2
 
 

@@ -24,6 +24,10 @@ class Recorder:
             raise RuntimeError("step 2 is broken")
         return ModelOutput(step=step.step)
 
+    def use_idle_time(self) -> bool:
+        self.seen.append((-1, threading.get_ident()))
+        return len(self.seen) < 3
+
 
 @pytest.mark.parametrize("kind", [InlineExecutor, ThreadExecutor])
 def test_results_come_in_order_and_errors_with_their_step(
@@ -42,6 +46,15 @@ def test_results_come_in_order_and_errors_with_their_step(
     threads = {thread for _, thread in runner.seen}
     assert len(threads) == 1
     assert (threading.get_ident() in threads) == (kind is InlineExecutor)
+
+
+@pytest.mark.parametrize("kind", [InlineExecutor, ThreadExecutor])
+def test_idle_time_is_the_runners_to_use(kind: type[InlineExecutor | ThreadExecutor]) -> None:
+    executor = kind(runner := Recorder())
+    executor.submit(SchedulerOutput(step=0))
+    executor.collect()
+    assert [executor.use_idle_time() for _ in range(2)] == [True, False]
+    assert [step for step, _ in runner.seen] == [0, -1, -1]
 
 
 def test_closing_waits_for_what_was_submitted() -> None:

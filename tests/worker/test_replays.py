@@ -100,6 +100,31 @@ def test_a_replay_leaves_the_taps_of_its_own_batch(
     assert replayed.replays.num_recorded == 1 and taps[0].out[3:].isnan().all()
 
 
+def test_what_idle_time_recorded_is_replayed_from_the_first_time_on(
+    make_runner: Callable[..., ModelRunner], model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, plain = (_Bench(make_runner(num_blocks=40), model) for _ in range(2))
+    plain.replays._is_able = False
+    with torch.inference_mode():
+        for bench in (idle, plain):
+            bench.add("a", 100, first_block=0)
+            bench.forward({"a": 5})
+        before = [layer.k.nan_to_num(7) for layer in idle.layers]
+        while idle.replays.record_one():
+            pass
+        for was, layer in zip(before, idle.layers, strict=True):
+            assert torch.equal(was, layer.k.nan_to_num(7))  # no kernel has run
+        kinds = set(idle.replays._passes)
+        assert kinds >= {(n, True) for n in (1, 77, 128)} | {(n, False) for n in (1, 130, 256)}
+        assert not plain.replays.record_one()
+        for count in (1, 32, 6):
+            assert torch.equal(idle.forward({"a": count}), plain.forward({"a": count}))
+        assert set(idle.replays._passes) == kinds
+        monkeypatch.setattr("octavo.worker.replays._MAX_IDLE_BYTES", 0)
+        few = _Bench(make_runner(num_blocks=40), model)
+        assert few.replays.record_one() and not few.replays.record_one()
+
+
 def test_a_replay_tells_of_a_batch_that_kernels_refuse_and_the_next_is_well(
     make_runner: Callable[..., ModelRunner], model: Model
 ) -> None:

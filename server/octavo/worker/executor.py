@@ -20,6 +20,9 @@ class StepRunner(Protocol):
 
     def execute(self, step: SchedulerOutput) -> ModelOutput: ...
 
+    def use_idle_time(self) -> bool:
+        """As `Executor`'s; called while no step runs, from any thread."""
+
 
 class InlineExecutor:
     """Runs a step when its result is collected: no threads, one order of events. For tests and
@@ -37,7 +40,7 @@ class InlineExecutor:
         return self._runner.execute(self._waiting.popleft())
 
     def use_idle_time(self) -> bool:
-        return False
+        return self._runner.use_idle_time()
 
     def close(self) -> None:
         self._waiting.clear()
@@ -48,6 +51,7 @@ class ThreadExecutor:
     the interpreter lock."""
 
     def __init__(self, runner: StepRunner) -> None:
+        self._runner = runner
         self._runner = runner
         self._steps: _Steps = queue.SimpleQueue()
         self._results: _Results = queue.SimpleQueue()
@@ -77,7 +81,8 @@ class ThreadExecutor:
         return result
 
     def use_idle_time(self) -> bool:
-        return False
+        assert self._num_in_flight == 0, "there is no idle time while a step is in flight"
+        return self._runner.use_idle_time()
 
     def close(self) -> None:
         """Waits for submitted steps; their results are dropped."""

@@ -115,8 +115,8 @@ class StepBuffers:
         They are of these buffers, too. num_known, counts: tokens of each row without drafts and
         with them, which fit the buffers.
         """
-        fill_step(
-            1, rows.ctypes.data, num_known.ctypes.data, counts.ctypes.data, len(rows),
+        fill_step.run_held(
+            rows.ctypes.data, num_known.ctypes.data, counts.ctypes.data, len(rows),
             *self._of_table, *self._of_step,
         )  # fmt: skip
         drawn, status, _ = self._found.tolist()

@@ -90,12 +90,17 @@ class ModelRunner:
         self._seconds = seconds
         self._buffers = StepBuffers(table, max_num_tokens=max_num_tokens)
         used = model if taps is None else TappedPass(model, taps)
-        self._forward = ForwardReplays(used, kv_caches=kv.layers, buffers=self._buffers).forward
+        self._replays = ForwardReplays(used, kv_caches=kv.layers, buffers=self._buffers)
 
     @torch.inference_mode()
     def warm_drafting(self) -> None:
         """To be called before the first step."""
         self._watcher.warm()
+
+    @torch.inference_mode()
+    def use_idle_time(self) -> bool:
+        """Prepares one more kind of step, between steps; False if none is left."""
+        return self._replays.record_one()
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelOutput:
@@ -196,7 +201,7 @@ class ModelRunner:
 
     def _compute(self, batch: InputBatch) -> _Results:
         """All results of a batch; changes nothing but K/V slots that nobody has read yet."""
-        hidden, all_logits = self._forward(batch)
+        hidden, all_logits = self._replays.forward(batch)
         found = _Results()
         if self._table.wants_prompt_logprobs[batch.rows].any():
             self._score_prompts(batch, hidden, found)
