@@ -34,6 +34,10 @@ from octavo.types import (
 )
 
 _ENGINE_LABELS = ("model_name", "engine")
+# Steps and their requests that may wait to be counted. A lot of counting at once takes a fourth of
+# the time that it takes step by step, when each time the kernels' data has replaced ours in the
+# processor's caches.
+_MAX_UNCOUNTED = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +209,8 @@ class Metrics:
             if row.labels == _ENGINE_LABELS
         }
         self._tracks: dict[str, _Track] = {}
+        self._uncounted: list[tuple[EngineOutputs, float]] = []
+        self._num_uncounted = 0
         self._seconds_saved = 0.0  # by speculation
         for reason in FinishReason:  # so that rates have a zero to start from
             self._labelled("vllm:request_success", finished_reason=reason.value)
@@ -247,11 +253,13 @@ class Metrics:
 
     def render(self) -> bytes:
         """Every series in Prometheus' text format."""
+        self._count()
         data: bytes = prometheus_client.generate_latest(self._registry)
         return data
 
     def series(self) -> list[Series]:
         """Every series, for `octavo.observability.series.render_sum`."""
+        self._count()
         return series_of(self._registry)
 
     def observe_http(self, *, handler: str, method: str, status: int, seconds: float) -> None:
@@ -278,7 +286,31 @@ class Metrics:
             track.is_stopped = True
 
     def on_outputs(self, outputs: EngineOutputs, now: float) -> None:
-        """`now`: monotonic seconds at which these outputs reached the front end."""
+        """`now`: monotonic seconds at which these outputs reached the front end.
+
+        They are counted now and then, and before anybody reads what was counted.
+        """
+        self._uncounted.append((outputs, now))
+        self._num_uncounted += 1 + len(outputs.outputs)
+        if self._num_uncounted >= _MAX_UNCOUNTED:
+            self._count()
+
+    def _count(self) -> None:
+        """Counts what has been put off."""
+        uncounted, self._uncounted, self._num_uncounted = self._uncounted, [], 0
+        for outputs, now in uncounted:
+            self._count_outputs(outputs, now)
+        if not self._is_first:
+            return
+        steps = [outputs.stats for outputs, _ in uncounted if outputs.stats is not None]
+        for stats in steps:
+            self._count_step(stats)
+            if stats.worker is not None:
+                self._count_work(stats.worker)
+        if steps:
+            self._on_stats(steps[-1])
+
+    def _count_outputs(self, outputs: EngineOutputs, now: float) -> None:
         gaps: dict[float, int] = {}  # when a request had its last token -> requests
         for output in outputs.outputs:
             track = self._tracks.get(output.request_id)
@@ -299,11 +331,6 @@ class Metrics:
                 self._on_finish(track, reason, output.times, now)
         for last_token, count in gaps.items():
             self._plain["vllm:inter_token_latency_seconds"].observe(now - last_token, count)
-        if outputs.stats is not None and self._is_first:
-            self._on_stats(outputs.stats)
-            self._count_step(outputs.stats)
-            if outputs.stats.worker is not None:
-                self._count_work(outputs.stats.worker)
 
     def _on_first_token(self, track: _Track, num_new: int, now: float) -> None:
         track.first_token = track.last_token = now
