@@ -7,12 +7,12 @@ so a field that does not fit is an error here and nowhere later. Each direction 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from octavo.engine.owners import Owners
 from octavo.types import EngineInfo, EngineOutputs, EngineRequest
@@ -60,6 +60,9 @@ class Dead(msgspec.Struct, frozen=True, tag="dead"):
 
     reason: str
 
+
+# As plain integers: pyzmq's are enumerations, whose arithmetic takes microseconds.
+_POLLIN, _NO_WAIT = int(zmq.POLLIN), int(zmq.NOBLOCK)
 
 ToEngine = AddRequests | AbortRequests | FrontEndGone
 ToFrontEnd = Ready | Failed | Step | Dead
@@ -124,8 +127,8 @@ class EngineEnd:
         messages: list[AddRequests | AbortRequests] = []
         for number, socket in list(self._sockets.items()):
             # Asked first: most often nothing has come, and an exception takes longer to make.
-            while not socket.closed and socket.get(zmq.EVENTS) & zmq.POLLIN:
-                message = decode_to_engine(socket.recv(zmq.NOBLOCK))
+            while not socket.closed and socket.get(zmq.EVENTS) & _POLLIN:
+                message = decode_to_engine(socket.recv(_NO_WAIT))
                 if isinstance(message, FrontEndGone):
                     message = AbortRequests(self._drop(message.number))
                 elif self._owners is not None and isinstance(message, AddRequests):
@@ -157,24 +160,43 @@ class EngineEnd:
 
 
 class FrontEnd:
-    """The front end's end of the pair, for one asyncio loop."""
+    """The front end's end of the pair, for the asyncio loop that runs.
+
+    The loop watches the socket's descriptor, which tells of a change once: whoever uses the socket
+    hears of it in the loop's place, so each use looks whether a message has come.
+    """
 
     def __init__(self, address: str) -> None:
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.Context[Any] = zmq.Context()
         self._socket = open_socket(self._context, address, bind=True)
+        self._loop = asyncio.get_running_loop()
+        self._descriptor: int = self._socket.get(zmq.FD)
+        self._waiter: asyncio.Future[None] | None = None
+        self._loop.add_reader(self._descriptor, self._look)
 
     def send(self, message: ToEngine) -> None:
-        """Sends now: there is no high-water mark, so the socket takes it and the future is done.
-
-        Not through a blocking shadow of the socket: a send there swallows the wake-up that tells
-        the loop of a message to read.
-        """
-        self._socket.send(encode(message))
+        """Sends now: there is no high-water mark, so the socket takes it."""
+        self._socket.send(encode(message), _NO_WAIT)
+        self._look()
 
     async def receive(self) -> ToFrontEnd:
-        """The next message; gives the loop no turn if it has come."""
-        return decode_to_front_end(await self._socket.recv())
+        """The next message; gives the loop no turn if it has come. For one reader at a time."""
+        while not self._socket.get(zmq.EVENTS) & _POLLIN:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return decode_to_front_end(self._socket.recv(_NO_WAIT))
+
+    def _look(self) -> None:
+        # Asked in any case: it is what makes the descriptor quiet again.
+        has_message = self._socket.get(zmq.EVENTS) & _POLLIN
+        if has_message and self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def close(self) -> None:
-        self._socket.close(linger=0)
-        self._context.term()
+        if not self._socket.closed:
+            self._loop.remove_reader(self._descriptor)
+            self._socket.close(linger=0)
+            self._context.term()
