@@ -36,11 +36,21 @@ class ByteDecoder:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_inside = False  # a character, of which some bytes have come
+        self._whole = tokenizer.whole_texts[skip_special_tokens]
 
     def push(self, token_id: int) -> str:
+        if not self._is_inside and (known := self._whole.get(token_id)) is not None:
+            return known
         if token_id in self._skip:
+            self._whole[token_id] = ""
             return ""
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        was_inside = self._is_inside
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._is_inside = bool(self._utf8.getstate()[0])
+        if not (was_inside or self._is_inside):
+            self._whole[token_id] = text
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", True)

@@ -80,6 +80,9 @@ class Tokenizer:
         named = {name: _content(self.config.get(name)) for name in _NAMED_TOKENS}
         self.named_tokens = {name: token for name, token in named.items() if token is not None}
         self._bytes: dict[int, bytes] = {}
+        # For decoders, which fill them: texts of tokens that are whole characters, whatever comes
+        # before them; with special tokens, and without them (nothing is their text).
+        self.whole_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
 
     @classmethod
     def from_dir(cls, folder: Path | str) -> Tokenizer:
