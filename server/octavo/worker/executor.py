@@ -52,7 +52,6 @@ class ThreadExecutor:
 
     def __init__(self, runner: StepRunner) -> None:
         self._runner = runner
-        self._runner = runner
         self._steps: _Steps = queue.SimpleQueue()
         self._results: _Results = queue.SimpleQueue()
         self._num_in_flight = 0
