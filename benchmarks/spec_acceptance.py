@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from benchmarks.machine import keep_row, passport
 from benchmarks.spec_serve import counters
-from octavo.speculative import Outlook, SpeculativeConfig, make_drafter
+from octavo.config import SpeculativeConfig
+from octavo.speculative import Outlook, make_drafter
 from octavo.speculative.ngram import NgramProposer
 from octavo.speculative.proposer import Proposal, Proposer
 from octavo.speculative.suffix import SuffixProposer
