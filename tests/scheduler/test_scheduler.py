@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from octavo.types import FinishReason
+from octavo.config import SchedulerConfig
+from octavo.kvcache.manager import KVCacheManager
+from octavo.scheduler.scheduler import Scheduler
+from octavo.types import EngineRequest, FinishReason, ModelOutput, SamplingParams
 from tests.scheduler.driver import Driver
 
 # ---- budget, order, chunks ----------------------------------------------------------------------
@@ -289,3 +292,31 @@ def test_times_of_a_request() -> None:
     assert times is not None
     assert (times.arrival, times.queued, times.scheduled) == (99.0, 100.0, 101.0)
     assert (times.first_token, times.last_token, times.finished) == (102.0, 103.0, 103.0)
+
+
+# ---- drafts ---------------------------------------------------------------------------------
+
+
+def test_blocks_for_a_token_and_for_its_drafts_are_all_told() -> None:
+    kv = KVCacheManager(32, block_size=4, check_invariants=True)
+    scheduler = Scheduler(
+        SchedulerConfig(), kv=kv, max_model_len=64, max_num_batched_tokens=64, max_drafts=9
+    )
+    scheduler.add(
+        EngineRequest(
+            request_id="a",
+            prompt_token_ids=(1, 2, 3, 4),
+            params=SamplingParams(max_tokens=40, ignore_eos=True),
+        )
+    )
+    told: list[int] = []
+    for number in range(12):  # tokens that begin a block among them
+        step = scheduler.schedule(0.0)
+        told += step.new_requests[0].block_ids if number == 0 else step.new_block_ids.get("a", ())
+        end = 4 + number + step.max_drafts.get("a", 0)
+        assert len(told) == len(set(told)) == -(-end // 4)
+        scheduler.update(
+            ModelOutput(step=step.step, sampled_token_ids={"a": (7,)}, num_drafts_wanted=9),
+            0.0,
+        )
+    assert max(step.max_drafts.values()) == 9

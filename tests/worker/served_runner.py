@@ -156,11 +156,13 @@ class ServedRunner(Pumped):
 
 
 async def ask(engine: ServedRunner, body: Mapping[str, Any], *, tokenizer: Tokenizer) -> Any:
-    """The answer to ``POST /v1/completions``: a stream's chunks are put together."""
+    """The answer to ``POST /v1/completions``, or of a body with messages to that of chats: a
+    stream's chunks are put together."""
     app = create_app(engine, tokenizer=tokenizer, scheduler=engine.config)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-        response = await http.post("/v1/completions", json=dict(body))
+        route = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        response = await http.post(route, json=dict(body))
     assert response.status_code == 200, response.text
     found = re.findall(r'"spec_stats":(\{.*?\})', response.text)
     assert len(found) == (1 if body.get("return_spec_stats") else 0)
@@ -193,7 +195,7 @@ def joined(chunks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _extend(whole: dict[str, Any], piece: Mapping[str, Any]) -> None:
     for key, value in piece.items():
-        if isinstance(value, str) and key == "text" or isinstance(value, list):
+        if isinstance(value, str) and key in ("text", "content") or isinstance(value, list):
             whole[key] = whole[key] + value if key in whole else value
         elif isinstance(value, dict):
             _extend(whole.setdefault(key, {}), value)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.worker.covering import all_pairs, covering_rows, pairs_of
+from tests.worker.covering import all_pairs, covering_rows, pair, pairs_of
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 3, 4), (5, 5, 2, 2, 2, 2), (3,) * 13, (2,) * 30])
@@ -28,3 +28,12 @@ def test_every_pair_is_in_few_rows(sizes: tuple[int, ...]) -> None:
 def test_pairs_are_counted_once() -> None:
     assert len(all_pairs({"b": "xy", "a": "uvw"})) == 6
     assert pairs_of({"b": "x", "a": "u"}) == {(("a", "u"), ("b", "x"))}
+
+
+def test_what_cannot_be_is_in_no_row_and_all_else_is() -> None:
+    parameters = {"a": "xyz", "b": "xyz", "c": "xy"}
+    impossible = {pair(("a", "x"), ("b", "y")), pair(("c", "y"), ("a", "z"))}
+    rows = covering_rows(parameters, impossible=impossible)
+    seen = set().union(*map(pairs_of, rows))
+    assert seen == all_pairs(parameters, impossible=impossible)
+    assert len(seen) == len(all_pairs(parameters)) - 2

@@ -24,12 +24,11 @@ from octavo.speculative.controller import AutoDrafter, FixedDrafter, FixedModelD
 from octavo.speculative.ngram import NgramProposer
 from octavo.speculative.proposer import Proposal, TokenIds
 from octavo.speculative.suffix import SuffixProposer
-from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineRequest, SamplingParams
 from octavo.worker.drafting.startup import LoadedDraftModel
 from octavo.worker.model_runner import ModelRunner
 from tests.api.serving import small_tokenizer
-from tests.worker.covering import Row, all_pairs, covering_rows, pairs_of
+from tests.worker.covering import Row, all_pairs, covering_rows, pair, pairs_of
 from tests.worker.served_runner import ServedRunner, Setup, ask
 from tests.worker.test_model_drafts import load_head, write_head
 
@@ -74,7 +73,14 @@ REQUEST: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "truncate_prompt_tokens": {"-": {}, "33": {"truncate_prompt_tokens": 33}},
     "return_tokens_as_token_ids": {"-": {}, "true": {"return_tokens_as_token_ids": True}},
     "return_spec_stats": {"-": {}, "true": {"return_spec_stats": True}},
+    "route": {"completions": {}, "chat": {}},
+    "best_of": {"-": {}, "n + 1": {"best_of": 1}},  # and n
 }
+# Pairs that the API refuses.
+IMPOSSIBLE = {
+    pair(("best_of", "n + 1"), other)
+    for other in (("route", "chat"), ("stream", "true"), ("stream", "usage"))
+} | {pair(("route", "chat"), ("echo", "true"))}
 # Feature -> value's name -> what it changes of the engine.
 ENGINE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "proposer": dict.fromkeys(
@@ -99,7 +105,9 @@ ENGINE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "mates": dict.fromkeys(("-", "3", "3, aborted"), {}),
 }
 PARAMETERS = {name: list(values) for name, values in {**REQUEST, **ENGINE}.items()}
-ROWS = covering_rows(PARAMETERS)
+PAIRS = all_pairs(PARAMETERS, impossible=IMPOSSIBLE)
+ROWS = covering_rows(PARAMETERS, seed=3, impossible=IMPOSSIBLE)
+TOKENIZER = small_tokenizer(vocab_size=VOCAB_SIZE)
 
 
 class Scripted:
@@ -161,9 +169,11 @@ class Ticks:
 
 
 def role_of(request_id: str) -> str:
-    """``cmpl-row-<process>-<serial>-<choice>`` is a choice of the row's request, wherever."""
-    parts = request_id.split("-")
-    return f"choice {parts[-1]}" if parts[:2] == ["cmpl", "row"] else request_id
+    """``cmpl-row-<process>-<serial>-<choice>``, or ``chatcmpl-``, is a choice of the row's request,
+    wherever."""
+    kind, name, *parts = request_id.split("-")
+    is_rows = kind in ("cmpl", "chatcmpl") and name == "row"
+    return f"choice {parts[-1]}" if is_rows else request_id
 
 
 AnyDrafter = FixedDrafter | FixedModelDrafter | AutoDrafter
@@ -208,13 +218,18 @@ def body_of(row: Row, number: int) -> dict[str, Any]:
     """The request: a phrase of letters and words, again and again."""
     rng = random.Random(number)
     phrase = [rng.choice(_LETTERS) for _ in range(rng.randint(4, 12))]
-    body: dict[str, Any] = {
-        "prompt": (phrase * 20)[: rng.randint(45, 70)],
-        "request_id": "row",
-        "return_token_ids": True,
-    }
+    prompt = (phrase * 20)[: rng.randint(45, 70)]
+    body: dict[str, Any] = {"request_id": "row", "return_token_ids": True}
     for name in REQUEST:
         body |= REQUEST[name][row[name]]
+    if "best_of" in body:
+        body["best_of"] += body.get("n", 1)
+    if row["route"] == "completions":
+        body["prompt"] = prompt
+    else:
+        body["messages"] = [{"role": "user", "content": TOKENIZER.decode(prompt)}]
+        if "logprobs" in body:
+            body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
     if "min_tokens" in body:
         body["min_tokens"] = body["max_tokens"] // 2
     if row["policy"] not in ("fcfs", "0"):
@@ -262,12 +277,9 @@ class Tally:
 class Matrix:
     """Runs rows; keeps count."""
 
-    def __init__(
-        self, make_runner: Make, tokenizer: Tokenizer, *, models: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, make_runner: Make, *, models: Mapping[str, Any]) -> None:
         self._make = make_runner
         self._models = models
-        self._tokenizer = tokenizer
         self.tally = Tally()
 
     def check(self, row: Row, number: int) -> str:
@@ -333,12 +345,13 @@ class Matrix:
         """What the client gets, among mates that are aborted after some outputs, if any."""
         if is_warm:
             warm = {"max_tokens": 1, "request_id": "warm", "cache_salt": body.get("cache_salt")}
-            await ask(engine, {"prompt": body["prompt"], **warm}, tokenizer=self._tokenizer)
+            asked = {key: body[key] for key in ("prompt", "messages") if key in body}
+            await ask(engine, {**asked, **warm}, tokenizer=TOKENIZER)
         for mate in mates:
             if num_outputs:
                 engine.aborts[mate.request_id] = num_outputs
             engine.add(mate)
-        answer = await ask(engine, body, tokenizer=self._tokenizer)
+        answer = await ask(engine, body, tokenizer=TOKENIZER)
         await engine.rest()
         await engine.close()
         return answer
@@ -376,17 +389,17 @@ def test_every_pair_of_parameters_with_and_without_speculation(
 ) -> None:
     head = load_head(write_head(tmp_path / "head"), model)
     models = {"head": head, "auto with head": head, "draft model": LoadedDraftModel(model=model)}
-    matrix = Matrix(make_runner, small_tokenizer(vocab_size=VOCAB_SIZE), models=models)
+    matrix = Matrix(make_runner, models=models)
     for number, row in enumerate(ROWS):
         print(matrix.check(row, number))
     tally = matrix.tally
     print(
-        f"{len(ROWS)} rows, {len(all_pairs(PARAMETERS))} pairs of {len(PARAMETERS)} parameters; "
+        f"{len(ROWS)} rows, {len(PAIRS)} pairs of {len(PARAMETERS)} parameters; "
         f"{tally.drafted.total()} drafts, {tally.accepted.total()} accepted; "
         f"{tally.preemptions} preemptions, {tally.loaded_blocks} blocks from the host tier, "
         f"{tally.failed} failed proposers; ends: {dict(tally.reasons)}"
     )
-    assert set().union(*map(pairs_of, ROWS)) == all_pairs(PARAMETERS)
+    assert set().union(*map(pairs_of, ROWS)) == PAIRS
     # The matrix would prove little if these did not happen in it.
     for proposer in ENGINE["proposer"]:
         accepted, drafted = tally.accepted[proposer], tally.drafted[proposer]

@@ -124,7 +124,9 @@ class Planner:
             if victim is request:
                 return False
         request.num_slots += len(fresh) * kv.block_size
-        plan.new_block_ids[request.request_id] = tuple(fresh)
+        # Perhaps for the second time in the step: for its token, then for drafts.
+        before = plan.new_block_ids.get(request.request_id, ())
+        plan.new_block_ids[request.request_id] = (*before, *fresh)
         return True
 
     def _register(self, request: Request, plan: Plan) -> None:
