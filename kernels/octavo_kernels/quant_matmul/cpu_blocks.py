@@ -1,7 +1,7 @@
 """The CPU matmul over panels of 4- and 8-bit blocks: which tile runs where.
 
 Knows addresses, no tensors. Activations are records (`cpu_records`); a part of the matmul is a run
-of panels, and a panel stays in the first-level cache while every chunk of rows meets it.
+of pairs of panels, each of which meets every chunk of rows before the next one does.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -50,10 +50,6 @@ from octavo_kernels.simd import (
 )
 from octavo_kernels.vectors import F32, I32, call_llvm, pointer, vector_op
 
-# How far ahead of their sums tiles of fewer than _AHEAD_ROWS rows ask for weights: they wait for
-# memory. Others have the time to ask for the panels after theirs.
-_AHEAD_BYTES = 2560
-_AHEAD_ROWS = 5
 # The gate a matmul may end with; 0 is none.
 SILU, GELU = 1, 2
 # Chunks of rows that meet a unit's panels one after the other before their sums are used.
@@ -220,8 +216,6 @@ def _pair_at(
 ) -> Any:
     """A pair whose following one is at next_w and next_v (0: none); a block of a panel has `size`
     bytes."""
-    if num_rows < _AHEAD_ROWS:
-        return _Pair(w, v, w + _AHEAD_BYTES, v + _AHEAD_BYTES, size, 0)
     if next_w == 0:
         return _Pair(w, v, w, w, 0, 0)
     chunks = num_chunks(num_rows)

@@ -76,8 +76,6 @@ FILED_BLOCK = 32
 # registers and their float sums in the first-level cache. Of AVX2's 16 registers products without
 # VNNI need more than those with it.
 _TILE_ROWS: dict[CpuPath, int] = {"avx512_vnni": 12, "avx_vnni": 5, "avx2": 3, "generic": 2}
-# Below this many rows a tile takes one panel: it waits for memory, and one stream is best.
-_PAIR_ROWS = 5
 # Into the second-level cache, which holds far more than is under way.
 _LEVEL = 2
 SUM_BYTES = 4 * LANES  # of a row in a tile's sums of a panel
@@ -89,9 +87,9 @@ def tile_height(path: CpuPath) -> int:
     return _TILE_ROWS[path]
 
 
-def tile_panels(rows: int, path: CpuPath) -> int:
-    """Panels that a tile of some rows takes at once: each broadcast of activations serves all."""
-    return 2 if path == "avx512_vnni" and rows >= _PAIR_ROWS else 1
+def tile_panels(path: CpuPath) -> int:
+    """Panels that a tile takes at once: each broadcast of activations serves all."""
+    return 2 if path == "avx512_vnni" else 1
 
 
 class _Integers:
@@ -173,7 +171,7 @@ class _Tile:
     ) -> None:
         self._b, self._rows, self._path, self._first = b, rows, path, first
         self._form, self._lanes = FORMATS[kind], CHUNK_LANES[path]
-        self._panels = tile_panels(rows, path)
+        self._panels = tile_panels(path)
         self._floats = ir.VectorType(F32, self._lanes)
         self._x, self._x_stride, w, v, self._blocks, self._out, fetch_w, fetch_v, span = args
         self._weights, self._fetches = (w, v)[: self._panels], (fetch_w, fetch_v)[: self._panels]
@@ -299,19 +297,17 @@ def make_tiles(kind: Kind, path: CpuPath) -> Any:
     Where a tile takes one panel it runs twice; v may be 0 where there is no second panel.
     """
     names = "x, x_stride, w, v, blocks, out, fetch_w, fetch_v, span"
-    lines = [f"def run(rows, {names}):"]
     scope: dict[str, Any] = {"__name__": __name__}
-    ones = []
+    choices = []
     for rows in range(1, tile_height(path) + 1):
         scope[f"tile_{rows}"] = make_tile(rows, kind, path)
-        if tile_panels(rows, path) == 1:
-            ones += [f"        if rows == {rows}:", f"            tile_{rows}({names})"]
-            continue
-        pair = names.replace(" v,", " v if v != 0 else w,")
-        lines += [f"    if rows == {rows}:", f"        tile_{rows}({pair})", "        return"]
-    # One place that calls: tiles are long to compile.
-    lines += ["    for _ in range(1 if v == 0 else 2):", *ones]
-    lines += [f"        w, fetch_w, out = v, fetch_v, out + {PANEL_SUMS_BYTES}"]
+        choices += [f"if rows == {rows}:", f"    tile_{rows}({names})"]
+    if tile_panels(path) == 2:
+        body = ["v = v if v != 0 else w", *choices]
+    else:  # One place that calls: tiles are long to compile.
+        body = ["for _ in range(1 if v == 0 else 2):", *(f"    {line}" for line in choices)]
+        body += [f"    w, fetch_w, out = v, fetch_v, out + {PANEL_SUMS_BYTES}"]
+    lines = [f"def run(rows, {names}):", *(f"    {line}" for line in body)]
     exec("\n".join(lines), scope)
     run = scope["run"]
     run.__qualname__ = f"run_{kind}_{path}"
