@@ -22,10 +22,8 @@ _DRIFT = 0.04  # of how far it is off, that all other knots take over: contexts 
 _MAX_ERROR = 1.5  # a measurement further off is cut to this many times what was expected
 _SURE = 8  # measurements after which one may be called an error
 _NUM_TABLED = 512
-_OFTEN, _SELDOM = (
-    64,
-    4,
-)  # measurements of which all tell the curve for all; of later ones, every so many
+# Measurements of which all tell the curve for all; of later ones, every so many.
+_OFTEN, _SELDOM = 64, 4
 _REBUILD_EVERY = 16
 # A number of tokens is run in its slow ways first: as it comes, then while it is recorded.
 _NUM_WARM = 2
