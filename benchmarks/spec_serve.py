@@ -44,7 +44,7 @@ MODES: Mapping[str, str] = {
 }
 # Enough to tell a few percent, all three sets and modes within twelve minutes on two cores.
 REQUESTS = "1:12,2:12,4:16,8:20,16:24,32:36,64:64"
-_SERVE = "-m octavo serve --served-model-name m --max-model-len 2048 --max-num-seqs 64"
+_SERVE = "-m octavo serve --served-model-name m --max-model-len 4096 --max-num-seqs 64"
 _COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts_total",
     "draft_tokens": "vllm:spec_decode_num_draft_tokens_total",
@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--head", type=Path, help="folder of a draft head: `auto` with it as one more mode")
     add("--concurrency", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64])
     add("--requests", type=_counts, default=_counts(REQUESTS), help="by concurrency")
-    add("--tokens", type=int, default=96, help="most of an answer")
+    add("--tokens", type=int, default=256, help="most of an answer")
     add("--reps", type=int, default=1)
     add("--warm", type=int, default=4, help="conversations before the first turn")
     add("--flags", default="", help="more flags for octavo serve")

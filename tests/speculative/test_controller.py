@@ -175,6 +175,21 @@ def test_a_step_that_failed_teaches_nothing() -> None:
     assert auto.draft([], num_tokens=0) == {}
 
 
+def test_a_machine_that_stood_still_is_no_fault_of_drafts() -> None:
+    simulation = sim.Simulation(sim.CPU, chance=0.9)
+    simulation.run(300, requests=1)
+    auto, (name,) = simulation.auto, simulation._live
+    step = SchedulerOutput(step=0, num_scheduled_tokens={name: 5}, max_drafts={name: 4})
+    before = auto.counts.seconds_saved
+    for _ in range(3):
+        auto.begin(step)
+        drafts = auto.draft([Outlook(name, np.zeros(4, np.int32), 4)], num_tokens=1)
+        num_tokens = 1 + sum(map(len, drafts.values()))
+        auto.learn(drafts, {name: (1,)}, num_tokens=num_tokens, seconds=5.0)
+    assert before - auto.counts.seconds_saved < 1.0
+    assert auto.counts.num_guarded == 0 and auto.num_wanted > 0
+
+
 def test_the_guarantee_switches_off_for_longer_each_time() -> None:
     counts = DraftCounts()
     regime = Regime(counts)

@@ -30,6 +30,9 @@ _TRIES = 8  # steps of a kind that measuring it may take
 MAX_REQUESTS = 8
 # Share of a step's time after which no more requests are asked for drafts, and of what it gains.
 _MAX_DRAFTING, _GAIN_SPENT = 0.06, 0.25
+# A step that took longer than so many that were expected was stopped midway (its process was, or
+# its machine): drafts are charged with no more.
+_MAX_STALL = 8.0
 
 
 class FixedDrafter(Counting):
@@ -304,14 +307,16 @@ class AutoDrafter(Counting):
         saved = 0.0
         if self._is_plain:
             # As it was expected before this step.
-            expected = self.costs.of(num_requests).seconds(num_requests)
+            curve = self.costs.of(num_requests)
+            expected, limit = curve.seconds(num_requests), curve.seconds(num_tokens) * _MAX_STALL
             self.costs.observe(num_requests, num_tokens, seconds)
             # Steps of a new kind too, which are slow: had it not been for drafts they were not new.
             if drafts or self._drafting:
-                without = seconds
+                took = min(seconds + self._drafting, limit)
+                without = min(seconds, took)
                 if drafts:
                     without = expected * sum(map(len, tokens.values())) / num_requests
-                saved = self._account(seconds + self._drafting, without)
+                saved = self._account(took, without)
         if self._last_minute.add(seconds + self._drafting, saved) or drafts:
             self.counts.gain = self._last_minute.gain
         if not drafts:
