@@ -7,7 +7,8 @@
 PROMPTS is a folder of ``prompts_*.jsonl`` (EAGLE's question sets). One ``octavo serve`` for each
 mode; all turns (a set, a concurrency, a repetition) are measured server after server in changing
 order, the idle ones frozen. A turn keeps as many conversations in flight as its concurrency, greedy
-and to their own end, until its prompts are used up; nothing it computes serves another turn.
+and to their own end or ``--tokens``, until its prompts are used up; nothing it computes serves
+another turn.
 ``show`` and ``plot`` take the latest run in a file, by default this machine's; ``plot`` needs
 matplotlib.
 """
@@ -42,7 +43,7 @@ MODES: Mapping[str, str] = {
     "n-gram, 5": '{"method": "ngram", "num_speculative_tokens": 5}',
     "auto": '{"method": "auto"}',
 }
-# Enough to tell a few percent, all three sets and modes within twelve minutes on two cores.
+# Enough to tell a few percent, all three sets and modes within 13 minutes on two cores.
 REQUESTS = "1:12,2:12,4:16,8:20,16:24,32:36,64:64"
 _SERVE = "-m octavo serve --served-model-name m --max-model-len 4096 --max-num-seqs 64"
 _COUNTERS = {
