@@ -149,7 +149,13 @@ class SpeculativeConfig:
     model: str | None = _opt(
         None,
         "draft_model: Hugging Face id, local folder or .gguf file of a small model of the same "
-        "tokens; eagle3: of a head trained for the served model; auto: of either",
+        "tokens; eagle3: of a head trained for the served model; auto: of either. Default for the "
+        'last two the head that comes with Octavo for that model, if there is one; "" = none, auto',
+    )
+    parallel_drafting: bool | None = _opt(
+        None,
+        "of heads: all drafts of a step in one pass, for which a head must have been trained; "
+        "default where it was",
     )
     num_speculative_tokens: int = _opt(
         8, "most drafts of one request in a step", minimum=1, maximum=64
@@ -173,13 +179,16 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         _check(self)
         takes_model = self.method in ("auto", "eagle3", "draft_model")
-        if self.model is not None and not (takes_model and self.model):
+        is_named = bool(self.model) or (self.model == "" and self.method == "auto")
+        if self.model is not None and not (takes_model and is_named):
             raise ValueError(
                 "model must be a name, of a head or a draft model, with the methods auto, eagle3 "
                 f"and draft_model alone, got {self.model!r} with {self.method}"
             )
-        if self.method in ("eagle3", "draft_model") and self.model is None:
+        if self.method == "draft_model" and self.model is None:
             raise ValueError(f"model must be given with method {self.method}, got none")
+        if self.parallel_drafting is not None and not self.model:
+            raise ValueError("parallel_drafting is of a head, which model names, got no model")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"prompt_lookup_min must be at most prompt_lookup_max={self.prompt_lookup_max}, "

@@ -76,7 +76,13 @@ def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_head() -> Callable[..., DraftHead]:
     """(window, sizes...) -> a random head of 4 query and 2 key heads."""
 
-    def make(*, window: int = 0, draft_vocab_size: int = 40, dropout: float = 0.0) -> DraftHead:
+    def make(
+        *,
+        window: int = 0,
+        draft_vocab_size: int = 40,
+        dropout: float = 0.0,
+        mask_token_id: int | None = None,
+    ) -> DraftHead:
         torch.manual_seed(5)
         head = DraftHead(
             HeadConfig(
@@ -92,6 +98,7 @@ def make_head() -> Callable[..., DraftHead]:
                 max_position_embeddings=128,
                 aux_layers=(0, 1, 3),
                 window=window,
+                mask_token_id=mask_token_id,
                 target={"name": "tiny", "fingerprint": "f"},
             ),
             dropout=dropout,

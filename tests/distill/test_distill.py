@@ -16,6 +16,7 @@ import torch
 
 from octavo.cli import main
 from octavo.distill.head import load_head
+from octavo.llm import LLM, Generation
 
 FLAGS = [
     "--num-samples", "48", "--num-eval-samples", "8", "--max-new-tokens", "24",
@@ -54,10 +55,15 @@ def assert_equal(one: Path, other: Path, *, tolerance: float = 0.0) -> None:
         torch.testing.assert_close(tensor, b[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("more", [(), ("--parallel-drafting", "--unroll-warmup-ratio", "0.2")])
 def test_acceptance_rises(
-    target_folder: Path, generated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target_folder: Path,
+    generated: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
 ) -> None:
-    distil(target_folder, tmp_path, "--generated", str(generated), "--max-steps", "120")
+    distil(target_folder, tmp_path, "--generated", str(generated), "--max-steps", "120", *more)
     before, after = (entry["held out"]["tokens_per_step"] for entry in measured(tmp_path))
     assert before < 1.2 and after > before + 0.3, (before, after)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -65,6 +71,28 @@ def test_acceptance_rises(
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["octavo"]["acceptance"]["held out"]["tokens_per_step"] == after
     assert config["octavo"]["target"]["name"] == str(target_folder)
+    plain, drafted = (
+        answers(target_folder, speculative)
+        for speculative in ({"method": "off"}, {"method": "eagle3", "model": str(tmp_path)})
+    )
+    assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
+    stats = [each.outputs[0].draft_stats for each in drafted]
+    num_accepted = sum(each.num_accepted_tokens for each in stats)
+    assert 1 + num_accepted / sum(each.num_drafts for each in stats) > before + 0.3
+
+
+def answers(target: Path, speculative: dict[str, Any]) -> list[Generation]:
+    """Of the engine, to prompts that were not trained on."""
+    llm = LLM(
+        str(target),
+        quantization="none",
+        num_threads=1,
+        max_model_len=64,
+        kv_cache_memory_bytes=4 << 20,
+        speculative_config={**speculative, "num_speculative_tokens": 3},
+    )
+    prompts = [(first, first + 1, 9) for first in range(5, 45, 5)]
+    return llm.generate(prompts, temperature=0.0, max_tokens=40, ignore_eos=True)
 
 
 def test_goes_on_as_if_never_interrupted(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.distill.head import DraftHead
-from octavo.distill.unroll import Features, unroll
+from octavo.distill.unroll import Chains, Features
 
 
 class Reference:
@@ -59,52 +59,106 @@ class Reference:
         return a + w["midlayer.mlp.down_proj.weight"] @ (gate * up), own
 
 
-@pytest.mark.parametrize("window", [0, 4])
-def test_equals_drafting_place_by_place(make_head: Callable[..., DraftHead], window: int) -> None:
-    head = make_head(window=window)
-    depth, num_context = 4, 3
-    contexts, answers = (3, 1), (7, 5)
-    torch.manual_seed(1)
-    taps = torch.randn(2, num_context + 7, 96)
-    embedded = torch.randn(2, num_context + 7, 32)
-    is_text = torch.zeros(2, num_context + 7, dtype=torch.bool)
-    for row in range(2):
-        first = num_context - contexts[row]
-        is_text[row, first : num_context + answers[row]] = True
-    taps[~is_text] = 1e3  # what padding holds must not matter
-    batch = Features(taps=taps, embedded=embedded, is_text=is_text, num_context=num_context)
-    found = [out.double() for out in unroll(head, batch, depth=depth)]
+def expected(
+    head: DraftHead, batch: Features, *, lengths: list[tuple[int, int]], depth: int
+) -> dict[tuple[int, int, int], Tensor]:
+    """Outputs by (text, place in its answer, depth), of texts of (context, answer) tokens."""
     reference = Reference(head)
-    for row in range(2):
-        first, end = num_context - contexts[row], num_context + answers[row]
+    outputs = {}
+    for row, (context, answer) in enumerate(lengths):
+        first, end = batch.num_context - context, batch.num_context + answer
         real: list[tuple[int, Tensor, Tensor]] = []
         for start in range(first, end):
-            g = reference.w["fc.weight"] @ taps[row, start].double()
+            g = reference.w["fc.weight"] @ batch.taps[row, start].double()
             keys = list(real)
             for step in range(depth):
                 place = start + step
                 if place >= end:
                     break
-                out, own = reference.place(embedded[row, place].double(), g, keys, place)
+                e = batch.embedded[row, place].double()
+                if step and batch.unknown is not None:
+                    e = batch.unknown.double()
+                    g = reference.w["fc.weight"] @ reference.w["mask_hidden"][0]
+                out, own = reference.place(e, g, keys, place)
                 if step == 0:
                     real.append(own)
                 keys.append(own)
-                if start >= num_context:
-                    expected = reference.norm(out, "norm")
-                    torch.testing.assert_close(
-                        found[step][row, place - num_context], expected, rtol=1e-3, atol=1e-3
-                    )
+                if start >= batch.num_context:
+                    outputs[row, place - batch.num_context, step] = reference.norm(out, "norm")
                 g = out
+    return outputs
 
 
-def test_gradients_reach_every_weight(make_head: Callable[..., DraftHead]) -> None:
-    head = make_head(window=4)
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("share", [1.0, 0.6])
+@pytest.mark.parametrize("mask_token_id", [None, 3])
+def test_equals_drafting_place_by_place(
+    make_head: Callable[..., DraftHead], window: int, share: float, mask_token_id: int | None
+) -> None:
+    head = make_head(window=window, mask_token_id=mask_token_id)
+    depth, num_context, lengths = 4, 3, [(3, 7), (1, 5)]
+    torch.manual_seed(1)
+    taps = torch.randn(2, num_context + 7, 96)
+    embedded = torch.randn(2, num_context + 7, 32)
+    is_text = torch.zeros(2, num_context + 7, dtype=torch.bool)
+    for row, (context, answer) in enumerate(lengths):
+        is_text[row, num_context - context : num_context + answer] = True
+    taps[~is_text] = 1e3  # what padding holds must not matter
     batch = Features(
+        taps=taps,
+        embedded=embedded,
+        is_text=is_text,
+        num_context=num_context,
+        is_answer=is_text[:, num_context:],
+        unknown=None if mask_token_id is None else torch.randn(32),
+    )
+    outputs = expected(head, batch, lengths=lengths, depth=depth)
+    names = [(row, place) for row, (_, answer) in enumerate(lengths) for place in range(answer)]
+    chains = Chains(head, batch)
+    alive = set(names)  # by the place that each chain has come to
+    for step in range(depth):
+        assert [names[i] for i in chains.at.tolist()] == [n for n in names if n in alive]
+        for number, found in zip(chains.at.tolist(), chains.outputs, strict=True):
+            torch.testing.assert_close(
+                found.double(), outputs[*names[number], step], rtol=1e-3, atol=1e-3
+            )
+        kept = torch.rand(len(chains.at)) < share
+        alive = {
+            (row, place + 1)
+            for (row, place), goes_on in zip(
+                [names[i] for i in chains.at.tolist()], kept.tolist(), strict=True
+            )
+            if goes_on and place + 1 < lengths[row][1]
+        }
+        chains.go_on(kept)
+
+
+def one_text() -> Features:
+    """Two places of context, four of an answer."""
+    return Features(
         taps=torch.randn(1, 6, 96),
         embedded=torch.randn(1, 6, 32),
         is_text=torch.ones(1, 6, dtype=torch.bool),
         num_context=2,
+        is_answer=torch.ones(1, 4, dtype=torch.bool),
+        unknown=torch.randn(32),
     )
-    sum(out.square().sum() for out in unroll(head, batch, depth=3)).backward()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mask_token_id", [None, 3])
+def test_gradients_reach_every_weight(
+    make_head: Callable[..., DraftHead], mask_token_id: int | None
+) -> None:
+    head = make_head(window=4, mask_token_id=mask_token_id)
+    chains = Chains(head, one_text())
+    chains.go_on(torch.ones(4, dtype=torch.bool))
+    chains.go_on(torch.ones(3, dtype=torch.bool))
+    chains.outputs.square().sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_no_chain_goes_on(make_head: Callable[..., DraftHead]) -> None:
+    chains = Chains(make_head(), one_text())
+    chains.go_on(torch.zeros(4, dtype=torch.bool))
+    assert chains.outputs.shape == (0, 32)

@@ -10,7 +10,7 @@ import pytest
 
 from octavo.speculative.base import Outlook
 from octavo.speculative.batches import GuardedBatch
-from octavo.speculative.controller import AutoDrafter
+from octavo.speculative.controller import MAX_REQUESTS, AutoDrafter
 from octavo.speculative.proposer import Drafted, GoesOn, Proposal
 from octavo.speculative.sources import DraftCounts
 from octavo.types import SchedulerOutput
@@ -78,6 +78,7 @@ def simulation(
     more: float = 0.4e-3,
     free: float = 0.0,
     share: float = 0.0,
+    most_requests: int = MAX_REQUESTS,
     **options: Any,
 ) -> tuple[sim.Simulation, SimulatedModel]:
     """``free``: chance of drafts that cost nothing, in a ``share`` of steps."""
@@ -85,7 +86,11 @@ def simulation(
     made.guesser.share = share
     model = SimulatedModel(made.seconds, chance=chance, first=first, more=more)
     made.auto = AutoDrafter(
-        made.guesser, max_drafts=sim.MAX_DRAFTS, model=model, seconds=made.seconds
+        made.guesser,
+        max_drafts=sim.MAX_DRAFTS,
+        model=model,
+        most_requests_of_model=most_requests,
+        seconds=made.seconds,
     )
     made.drafter = made.auto
     return made, model
@@ -128,6 +133,13 @@ def test_passes_that_do_not_pay_are_not_made(requests: int, chance: float) -> No
     assert record.speedup() > 0.975 and record.speedup(1000) > 0.98
     assert record.least_speedup(min(60.0, sum(record.seconds) / 1.2)) > 0.97
     assert model.num_passes < 400
+
+
+@pytest.mark.parametrize(("requests", "is_asked"), [(2, True), (3, False)])
+def test_it_is_not_asked_in_larger_steps(requests: int, is_asked: bool) -> None:
+    made, model = simulation(sim.CPU, chance=0.9, most_requests=2)
+    made.run(200, requests=requests)
+    assert bool(model.num_calls) == is_asked
 
 
 def test_a_model_drafts_where_free_drafts_are_few() -> None:

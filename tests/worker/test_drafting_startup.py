@@ -6,13 +6,16 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from octavo.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from octavo.models import target_fingerprint
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
+from octavo.worker.drafting import startup
+from octavo.worker.executor import InlineExecutor
 from octavo.worker.worker import build_worker
 from octavo_kernels import parallel
 from tests.worker.conftest import CONFIG
@@ -103,6 +106,30 @@ def test_its_kv_counts_in_the_size_of_a_block(model_folder: Path, tmp_path: Path
     assert num_blocks(method="draft_model", model=str(model_folder)) == plain // 2
 
 
+def test_auto_takes_the_head_that_comes_with_octavo(
+    model_folder: Path, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speculation(served: Path, **speculative: Any) -> str:
+        executor, info = build_worker(config_of(served, speculative))
+        executor.close()
+        return info.speculation
+
+    executor, info = build_worker(config_of(model_folder, {}))
+    assert info.speculation == "auto"
+    own = target_fingerprint(cast("InlineExecutor", executor)._runner._model)
+    executor.close()
+    (tmp_path / "heads").mkdir()
+    write_head(tmp_path / "heads" / "another", octavo={"target": {"fingerprint": "0:0"}})
+    monkeypatch.setattr(startup, "_BUNDLED", tmp_path / "heads")
+    assert speculation(model_folder) == "auto"
+    write_head(tmp_path / "heads" / "tiny", octavo={"target": {"fingerprint": own}})
+    assert speculation(model_folder) == "auto with Octavo's head for tiny"
+    assert speculation(model_folder, method="auto", model="") == "auto"
+    assert speculation(model_folder, method="suffix") == "suffix"
+    assert speculation(model_folder, method="eagle3") == "eagle3 with Octavo's head for tiny"
+    assert speculation(folder("wider", vocab_size=301)) == "auto"
+
+
 def refusal(model_folder: Path, **speculative: Any) -> str:
     with pytest.raises(ValueError) as error:
         build_worker(config_of(model_folder, speculative))
@@ -117,6 +144,8 @@ def test_what_does_not_fit_is_refused(model_folder: Path, folder: Folder, tmp_pa
     message = refusal(model_folder, method="eagle3", model=str(head))
     assert f"{head} is for a model with a hidden size of 96" in message
     assert f"{model_folder} has 64" in message
+    message = refusal(model_folder, method="eagle3")
+    assert f"none comes with Octavo for {model_folder}" in message
     message = refusal(model_folder, method="eagle3", model=str(model_folder))
     assert "is no draft head (LlamaForCausalLMEagle3): its architecture is LlamaForC" in message
     head = write_head(tmp_path / "good")
@@ -125,6 +154,15 @@ def test_what_does_not_fit_is_refused(model_folder: Path, folder: Folder, tmp_pa
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     message = refusal(model_folder, method="eagle3", model=str(tmp_path / "m.gguf"))
     assert "takes a folder with a draft head, got the GGUF file" in message
+    message = refusal(model_folder, method="eagle3", model=str(head), parallel_drafting=True)
+    assert "parallel_drafting takes a head that was trained for it" in message
+    assert str(head) in message
+    message = refusal(
+        model_folder, method="draft_model", model=str(model_folder), parallel_drafting=True
+    )
+    assert "parallel_drafting is of draft heads" in message
+    message = refusal(model_folder, method="ngram", parallel_drafting=False)
+    assert "parallel_drafting is of a head, which model names, got no model" in message
     message = refusal(model_folder, method="auto", model="nowhere")
     assert "model 'nowhere' not found" in message
 

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 VOCAB_SIZE, SIZE, NUM_DRAFTED = 300, 64, 100
 DEPTH = 4
+MASK_TOKEN = 7
 Make = Callable[..., tuple[ModelRunner, Any]]
 HEAD_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLMEagle3"],
@@ -89,6 +90,14 @@ def write_head(
     return folder
 
 
+def write_parallel_head(folder: Path) -> Path:
+    """One that was trained to guess behind tokens that are not known yet."""
+    mask = torch.randn(1, 3 * SIZE, generator=torch.Generator().manual_seed(9)) * 0.5
+    return write_head(
+        folder, tensors={**head_tensors(), "mask_hidden": mask}, pard_token=MASK_TOKEN
+    )
+
+
 def load_head(folder: Path, model: Model, *, most_requests: int = 8) -> LoadedHead:
     head = load_draft_head(
         read_draft_head(folder, name=str(folder)),
@@ -98,7 +107,13 @@ def load_head(folder: Path, model: Model, *, most_requests: int = 8) -> LoadedHe
         dtype=torch.float32,
         max_model_len=256,
     )
-    return LoadedHead(head=head, target=model, most_requests=most_requests)
+    return LoadedHead(
+        name="head",
+        head=head,
+        target=model,
+        most_requests=most_requests,
+        is_parallel=head.mask_taps is not None,
+    )
 
 
 @pytest.fixture
@@ -163,7 +178,7 @@ def test_the_target_as_its_own_draft_model_is_always_right(
 ) -> None:
     requests = requests_of(kind)
     want, _ = run(make_runner(num_blocks=400), requests)
-    runner, drafter = make_drafting_runner(LoadedDraftModel(model=model))
+    runner, drafter = make_drafting_runner(LoadedDraftModel(name="model", model=model))
     found, _ = run(runner, requests, max_drafts=DEPTH, max_inflight=2)
     assert found == want
     counts = drafter.counts
@@ -171,11 +186,13 @@ def test_the_target_as_its_own_draft_model_is_always_right(
     assert counts.num_accepted_tokens == counts.num_draft_tokens > 30
 
 
+@pytest.mark.parametrize("write", [write_head, write_parallel_head])
 @pytest.mark.parametrize("method", ["eagle3", "auto"])
 @pytest.mark.parametrize("kind", PARAMS)
 def test_a_head_changes_nothing_but_the_number_of_steps(
     kind: str,
     method: str,
+    write: Callable[[Path], Path],
     tmp_path: Path,
     model: Model,
     make_runner: Callable[..., ModelRunner],
@@ -183,7 +200,7 @@ def test_a_head_changes_nothing_but_the_number_of_steps(
 ) -> None:
     requests = requests_of(kind)
     want, _ = run(make_runner(num_blocks=400), requests)
-    loaded = load_head(write_head(tmp_path / "head"), model)
+    loaded = load_head(write(tmp_path / "head"), model)
     runner, drafter = make_drafting_runner(loaded, method=method)
     found, _ = run(runner, requests, max_drafts=DEPTH, max_inflight=2)
     assert found == want
@@ -193,7 +210,7 @@ def test_a_head_changes_nothing_but_the_number_of_steps(
 
 
 @pytest.mark.parametrize("max_inflight", [1, 2])
-@pytest.mark.parametrize("what", ["head", "model"])
+@pytest.mark.parametrize("what", ["head", "parallel head", "model"])
 def test_everything_at_once_in_a_cache_that_is_too_small(
     what: str,
     max_inflight: int,
@@ -217,11 +234,12 @@ def test_everything_at_once_in_a_cache_that_is_too_small(
             )
         )
     want, _ = run(make_runner(num_blocks=400), requests)
-    loaded: Any = LoadedDraftModel(model=model)
-    if what == "head":
-        loaded = load_head(write_head(tmp_path / "head"), model, most_requests=40)
+    loaded: Any = LoadedDraftModel(name="model", model=model)
+    if what != "model":
+        write = write_head if what == "head" else write_parallel_head
+        loaded = load_head(write(tmp_path / "head"), model, most_requests=40)
     runner, drafter = make_drafting_runner(
-        loaded, method="eagle3" if what == "head" else "draft_model", num_blocks=18
+        loaded, method="draft_model" if what == "model" else "eagle3", num_blocks=18
     )
     found, preemptions = run(
         runner, requests, num_blocks=18, step_tokens=37, max_drafts=DEPTH, max_inflight=max_inflight
@@ -281,6 +299,19 @@ class Reference:
         up = self.linear(y, "midlayer.mlp.up_proj")
         return stream + self.linear(gate * up, "midlayer.mlp.down_proj")
 
+    def parallel_drafts(
+        self, known: list[int], taps: torch.Tensor, *, depth: int
+    ) -> tuple[list[int], list[float]]:
+        """As `drafts`, of one pass over places whose tokens are not known yet."""
+        num_masks = depth - 1
+        mask = self.weights["mask_hidden"].expand(num_masks, -1)
+        features = self.linear(torch.cat([taps.double(), mask]), "fc")
+        tokens = [*known[1:], *[MASK_TOKEN] * num_masks]
+        outputs = self.outputs(tokens, features, window=0)[-depth:]
+        probs = (self.norm(outputs, "norm") @ self.vectors[self.ids].T).softmax(-1)
+        best = probs.argmax(-1)
+        return self.ids[best].tolist(), probs[torch.arange(depth), best].tolist()
+
     def drafts(
         self, known: list[int], taps: torch.Tensor, *, depth: int, window: int
     ) -> tuple[list[int], list[float]]:
@@ -297,26 +328,22 @@ class Reference:
         return tokens[len(known) :], probs
 
 
-@pytest.mark.parametrize("window", [0, 20])
-def test_a_heads_drafts_are_those_of_plain_torch(
-    window: int, tmp_path: Path, model: Model, make_drafting_runner: Make
-) -> None:
-    """All of it: taps, the pass that reads, passes that go on, places, blocks and windows."""
-    folder = write_head(tmp_path / "head", octavo={"window": window})
-    loaded = load_head(folder, model)
-    runner, drafter = make_drafting_runner(loaded, method="eagle3")
+def watched_drafts(runner: ModelRunner, drafter: Any) -> list[tuple[str, list[int], Any, Any]]:
+    """Of three greedy requests, each time that drafts were made: request, known tokens, the
+    target's hidden states of all but the last, proposal."""
     proposer = drafter._source._proposer
-    propose, seen, all_taps = proposer.propose, [], {}
-    guesser = runner._watcher
+    guesser: Any = runner._watcher
+    propose, see = proposer.propose, guesser.see
+    seen: list[tuple[str, list[int], Any, Any]] = []
+    all_taps: dict[str, torch.Tensor] = {}
 
     def spy(outlooks: Any, *, depths: Any, goes_on: Any) -> Any:
         known = [each.token_ids.tolist() for each in outlooks]
         found = propose(outlooks, depths=depths, goes_on=goes_on)
         for outlook, tokens in zip(outlooks, known, strict=True):
-            seen.append((outlook.request_id, tokens, found.proposals[outlook.request_id]))
+            name = outlook.request_id
+            seen.append((name, tokens, all_taps[name].clone(), found.proposals[name]))
         return found
-
-    see = guesser.see
 
     def watch(batch: Any) -> None:
         starts = batch.attn.query_start_loc.tolist()
@@ -329,23 +356,50 @@ def test_a_heads_drafts_are_those_of_plain_torch(
 
     proposer.propose, guesser.see = spy, watch
     run(runner, requests_of("greedy", lengths=(19, 2, 40)), max_drafts=DEPTH)
+    return [each for each in seen if each[3].token_ids]
+
+
+def assert_same_drafts(proposal: Any, tokens: list[int], probs: list[float]) -> None:
+    assert list(proposal.token_ids) == tokens
+    torch.testing.assert_close(
+        torch.tensor(proposal.probs), torch.tensor(probs), atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_a_heads_drafts_are_those_of_plain_torch(
+    window: int, tmp_path: Path, model: Model, make_drafting_runner: Make
+) -> None:
+    """All of it: taps, the pass that reads, passes that go on, places, blocks and windows."""
+    folder = write_head(tmp_path / "head", octavo={"window": window})
+    runner, drafter = make_drafting_runner(load_head(folder, model), method="eagle3")
     reference = Reference(head_tensors(), model)
     starts_at = {"r0": 0, "r1": 0, "r2": 32 if window else 0}  # the first block within the window
-    compared = 0
-    for name, known, proposal in seen:
-        first = starts_at[name]
-        taps = all_taps[name][first : len(known) - 1]
-        tokens, probs = reference.drafts(
-            known[first:], taps, depth=len(proposal.token_ids), window=window
+    seen = watched_drafts(runner, drafter)
+    for name, known, taps, proposal in seen:
+        first, depth = starts_at[name], len(proposal.token_ids)
+        own = taps[first : len(known) - 1]
+        assert_same_drafts(
+            proposal, *reference.drafts(known[first:], own, depth=depth, window=window)
         )
-        if len(proposal.token_ids) == 0:
-            continue
-        assert list(proposal.token_ids) == tokens, (name, len(known))
-        torch.testing.assert_close(
-            torch.tensor(proposal.probs), torch.tensor(probs), atol=1e-4, rtol=1e-3
+    assert len(seen) > 60
+
+
+def test_a_parallel_heads_drafts_are_those_of_plain_torch(
+    tmp_path: Path, model: Model, make_drafting_runner: Make
+) -> None:
+    loaded = load_head(write_parallel_head(tmp_path / "head"), model)
+    runner, drafter = make_drafting_runner(loaded, method="eagle3")
+    mask = loaded.head.mask_taps
+    assert mask is not None
+    reference = Reference({**head_tensors(), "mask_hidden": mask}, model)
+    seen = watched_drafts(runner, drafter)
+    for _, known, taps, proposal in seen:
+        depth = len(proposal.token_ids)
+        assert_same_drafts(
+            proposal, *reference.parallel_drafts(known, taps[: len(known) - 1], depth=depth)
         )
-        compared += 1
-    assert compared > 60
+    assert len(seen) > 60 and max(len(each[3].token_ids) for each in seen) == DEPTH
 
 
 def test_names_may_have_a_prefix_and_tables_of_their_own(tmp_path: Path, model: Model) -> None:
@@ -406,6 +460,14 @@ def test_a_head_knows_its_target_and_misses_its_tensors(tmp_path: Path, model: M
     wrong = {**head_tensors(), "d2t": torch.full((NUM_DRAFTED,), 290)}
     with pytest.raises(ValueError, match="leads to tokens 290 to 389, and there are 300"):
         load_head(write_head(tmp_path / "wrong", tensors=wrong), model)
+    short = {**head_tensors(), "mask_hidden": torch.zeros(1, SIZE)}
+    with pytest.raises(ValueError, match=rf"mask_hidden has shape \[1, {SIZE}\], the config says"):
+        load_head(write_head(tmp_path / "short", tensors=short, pard_token=1), model)
+    alone = {**head_tensors(), "mask_hidden": torch.zeros(1, 1, 3 * SIZE)}
+    with pytest.raises(ValueError, match=r"config\.json has no pard_token"):
+        load_head(write_head(tmp_path / "alone", tensors=alone), model)
+    with pytest.raises(ValueError, match="ptd_token_id must be 0 to 299, got 300"):
+        load_head(write_head(tmp_path / "far", tensors=alone, ptd_token_id=300), model)
 
 
 def test_a_model_that_fails_on_a_request_leaves_the_others_their_drafts(
@@ -413,7 +475,7 @@ def test_a_model_that_fails_on_a_request_leaves_the_others_their_drafts(
 ) -> None:
     requests = requests_of("greedy")
     want, _ = run(make_runner(num_blocks=400), requests)
-    runner, drafter = make_drafting_runner(LoadedDraftModel(model=model))
+    runner, drafter = make_drafting_runner(LoadedDraftModel(name="model", model=model))
     proposer = drafter._source._proposer
     propose = proposer.propose
 

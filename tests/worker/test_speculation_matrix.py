@@ -30,7 +30,7 @@ from octavo.worker.model_runner import ModelRunner
 from tests.api.serving import small_tokenizer
 from tests.worker.covering import Row, all_pairs, covering_rows, pair, pairs_of
 from tests.worker.served_runner import ServedRunner, Setup, ask
-from tests.worker.test_model_drafts import load_head, write_head
+from tests.worker.test_model_drafts import load_head, write_head, write_parallel_head
 
 Make = Callable[..., ModelRunner]
 VOCAB_SIZE = 300
@@ -86,6 +86,7 @@ ENGINE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "proposer": dict.fromkeys(
         (
             *("ngram", "suffix", "auto", "draft model", "head", "auto with head"),
+            "parallel head",
             *("right", "half right", "wrong", "failing"),
         ),
         {},
@@ -181,6 +182,7 @@ AnyDrafter = FixedDrafter | FixedModelDrafter | AutoDrafter
 MODELS: Mapping[str, Any] = {
     "draft model": "draft_model",
     "head": "eagle3",
+    "parallel head": "eagle3",
     "auto with head": "auto",
 }
 
@@ -388,7 +390,12 @@ def test_every_pair_of_parameters_with_and_without_speculation(
     make_runner: Make, model: Model, tmp_path: Path
 ) -> None:
     head = load_head(write_head(tmp_path / "head"), model)
-    models = {"head": head, "auto with head": head, "draft model": LoadedDraftModel(model=model)}
+    models = {
+        "head": head,
+        "auto with head": head,
+        "parallel head": load_head(write_parallel_head(tmp_path / "parallel"), model),
+        "draft model": LoadedDraftModel(name="model", model=model),
+    }
     matrix = Matrix(make_runner, models=models)
     for number, row in enumerate(ROWS):
         print(matrix.check(row, number))
@@ -404,7 +411,7 @@ def test_every_pair_of_parameters_with_and_without_speculation(
     for proposer in ENGINE["proposer"]:
         accepted, drafted = tally.accepted[proposer], tally.drafted[proposer]
         assert drafted > 0, proposer
-        assert accepted > 0 or proposer in ("wrong", "head"), proposer
+        assert accepted > 0 or proposer in ("wrong", "head", "parallel head"), proposer
         assert accepted < drafted or proposer in ("right", "draft model"), proposer
     assert tally.accepted["wrong"] < 0.1 * tally.drafted["wrong"]
     assert 0 < tally.told < tally.accepted.total()

@@ -17,6 +17,7 @@ from octavo.config import ModelConfig
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 NUM_TAPS = 3
+_MASK_TOKEN_KEYS = ("pard_token", "ptd_token_id", "mask_token_id")
 _READ = 64  # tokens of a prompt that a head reads, its last, unless it sees fewer
 
 
@@ -31,6 +32,9 @@ class DraftHeadSpec:
     window: int  # places that it sees at most; 0 = all
     target_name: str  # as its trainer called it; "" = not said
     target_fingerprint: str  # "" = not said
+    # Stands for a token that is not known yet, where the head was trained to guess behind such
+    # ones, so that one pass gives several drafts (P-EAGLE, 2602.01469); None = it was not.
+    mask_token_id: int | None = None
 
     @property
     def num_read(self) -> int:
@@ -132,4 +136,16 @@ def parse_head_config(config: Mapping[str, Any]) -> DraftHeadSpec:
         window=int(ours.get("window") or 0),
         target_name=str(target.get("name") or ""),
         target_fingerprint=str(target.get("fingerprint") or ""),
+        mask_token_id=_mask_token_id(config, vocab_size=layer.vocab_size),
     )
+
+
+def _mask_token_id(config: Mapping[str, Any], *, vocab_size: int) -> int | None:
+    for key in _MASK_TOKEN_KEYS:
+        if config.get(key) is None:
+            continue
+        token_id = int(config[key])
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"{key} must be 0 to {vocab_size - 1}, got {token_id}")
+        return token_id
+    return None

@@ -2,7 +2,9 @@
 
 One decoder layer in the layout of published EAGLE-3 heads (`LlamaForCausalLMEagle3`). At place p
 it sees the token of place p + 1 and the target's hidden states of place p, or its own output of
-place p - 1 where the target has computed none yet, and guesses the token of place p + 2.
+place p - 1 where the target has computed none yet, and guesses the token of place p + 2. A parallel
+head (P-EAGLE, 2602.01469) needs no output of its own: in place of a token that is not known yet and
+its hidden states it sees one token and one vector for all, which it learns.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from octavo.models.rope import rotary_tables
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _NUM_TAPS = 3
+_OURS = ("aux_layers", "window", "target", "mask_token_id")  # not keys of config.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +44,15 @@ class HeadConfig:
     max_position_embeddings: int
     aux_layers: tuple[int, ...]
     window: int = 0  # tokens that it sees at most; 0 = all
+    mask_token_id: int | None = None  # for tokens that are not known yet; None = not parallel
     target: Mapping[str, Any] = field(default_factory=dict)  # for whom it was trained
 
     def to_json(self, *, acceptance: Mapping[str, Any] | None = None) -> dict[str, Any]:
         plain = asdict(self)
-        for name in ("aux_layers", "window", "target"):
+        for name in _OURS:
             del plain[name]
+        if self.mask_token_id is not None:
+            plain["pard_token"] = self.mask_token_id
         return {
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
@@ -70,13 +76,14 @@ class HeadConfig:
     def from_json(cls, config: Mapping[str, Any]) -> HeadConfig:
         """Raises ValueError for a field that is missing."""
         ours = config.get("octavo", {})
-        names = [n for n in cls.__dataclass_fields__ if n not in ("aux_layers", "window", "target")]
+        names = [name for name in cls.__dataclass_fields__ if name not in _OURS]
         if missing := [name for name in names if name not in config]:
             raise ValueError(f"a draft head's config.json lacks {', '.join(missing)}")
         return cls(
             **{name: config[name] for name in names},
             aux_layers=tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
             window=ours.get("window", 0),
+            mask_token_id=config.get("pard_token"),
             target=ours.get("target", {}),
         )
 
@@ -145,6 +152,9 @@ class DraftHead(nn.Module):
         self.midlayer = _Layer(config)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
+        self.mask_hidden: nn.Parameter | None = None
+        if config.mask_token_id is not None:
+            self.mask_hidden = nn.Parameter(torch.zeros(1, _NUM_TAPS * config.hidden_size))
         rope = RopeSpec(theta=config.rope_theta, rotary_dim=config.head_dim)
         cos, sin = rotary_tables(rope, max_positions=config.max_position_embeddings)
         self._cos: Tensor
@@ -168,15 +178,15 @@ class DraftHead(nn.Module):
         return self._rotated(attention.k_proj(x), places), self._heads(attention.v_proj(x))
 
     def finish(self, context: Tensor, feature: Tensor) -> Tensor:
-        """Attention's result [B, N, L, h] and the features it is added to -> outputs [B, L, H]."""
+        """Attention's result [M, N, h] and the features it is added to -> outputs [M, H]."""
         layer = self.midlayer
-        flat = context.transpose(1, 2).flatten(2)
-        stream = feature + self.dropout(layer.self_attn.o_proj(flat))
+        stream = feature + self.dropout(layer.self_attn.o_proj(context.flatten(1)))
         out: Tensor = stream + layer.mlp(layer.post_attention_layernorm(stream))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.config.head_dim).transpose(1, 2)
+        size = self.config.head_dim
+        return x.view(*x.shape[:-1], x.shape[-1] // size, size).transpose(1, 2)
 
     def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
         first, second = self._heads(x).chunk(2, dim=-1)

@@ -2,12 +2,13 @@
 
 Two terms. The cross-entropy to the target's probabilities (the KL divergence but for a constant),
 and the chance that a draft drawn from the head is rejected: 1 - sum(min(p, q)), the total
-variation distance. Target probabilities are of the whole vocabulary, so those of a draft
-vocabulary add up to less than 1: what it lacks weighs nothing, and counts as rejected.
+variation distance. Of a place's probabilities the largest are kept. They add up to less than 1:
+what is lacking, and what the draft vocabulary lacks, weighs nothing and counts as rejected.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,37 +20,63 @@ _ROWS = 256  # at a time: their logits are gone from the caches before more woul
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """The target's distributions at M places."""
+    """The target's distributions at M places: the k likeliest tokens of the draft vocabulary."""
 
-    probs: Tensor  # [M, Vd] float32
-    best: Tensor  # [M] the most likely draft id
-    mass: Tensor  # [M] sum of probs
+    ids: Tensor  # [M, k] int64 into the draft vocabulary, the likeliest first
+    probs: Tensor  # [M, k] float32
 
-    def at(self, picked: Tensor) -> Labels:
-        """Those of the places that are picked, [M] bool."""
-        return Labels(probs=self.probs[picked], best=self.best[picked], mass=self.mass[picked])
+    def at(self, places: Tensor) -> Labels:
+        """Those of places [m], numbers."""
+        return Labels(ids=self.ids[places], probs=self.probs[places])
+
+    def to(self, device: torch.device) -> Labels:
+        return Labels(ids=self.ids.to(device), probs=self.probs.to(device))
+
+    def split(self, counts: list[int]) -> list[Labels]:
+        parts = zip(torch.split(self.ids, counts), torch.split(self.probs, counts), strict=True)
+        return [Labels(ids=ids, probs=probs) for ids, probs in parts]
+
+    @staticmethod
+    def joined(parts: Sequence[Labels]) -> Labels:
+        ids, probs = torch.cat([p.ids for p in parts]), torch.cat([p.probs for p in parts])
+        return Labels(ids=ids, probs=probs)
 
 
 def target_labels(
-    hidden: Tensor, log_norm: Tensor, *, rows: Tensor, temperature: float = 1.0
+    hidden: Tensor, log_norm: Tensor, *, rows: Tensor, top_k: int, temperature: float = 1.0
 ) -> Labels:
     """Of hidden states [M, H] after the final norm, and the log of the softmax's denominator at
     this temperature over the whole vocabulary [M]; rows [Vd, H] are the draft vocabulary's."""
-    logits = torch.matmul(hidden, rows.T) / temperature
-    probs = (logits - log_norm[:, None]).exp_().clamp_(max=1.0)
-    mass = probs.sum(-1)
-    # The cached denominator is rounded otherwise than these logits: never more than everything.
-    probs /= mass.clamp(min=1.0)[:, None]
-    return Labels(probs=probs, best=probs.argmax(-1), mass=mass.clamp(max=1.0))
+    ids, probs = [], []
+    for part, norm in zip(torch.split(hidden, _ROWS), torch.split(log_norm, _ROWS), strict=True):
+        logits = torch.matmul(part, rows.T)
+        best, where = logits.topk(min(top_k, len(rows)), dim=-1)
+        ids.append(where)
+        probs.append((best / temperature - norm[:, None]).exp_())
+    found = torch.cat(probs)
+    # The denominator is rounded otherwise than these logits: never more than everything.
+    found /= found.sum(-1, keepdim=True).clamp(min=1.0)
+    return Labels(ids=torch.cat(ids), probs=found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """How the head's distributions fit the labels of M places."""
+
+    loss: Tensor  # the sum
+    sums: Tensor  # [3] cross-entropy, chance of acceptance, places with the same likeliest token
+    is_right: Tensor  # [M] bool, whether the likeliest token is the text's
 
 
 def match_loss(
-    outputs: Tensor, labels: Labels, *, rows: Tensor, acceptance_weight: float
-) -> tuple[Tensor, Tensor]:
-    """Sum over M places of the loss of head outputs [M, H], and [3] sums without gradient:
-    cross-entropy, chance of acceptance, places where both find the same token likeliest."""
-    loss, sums = _MatchLoss.apply(outputs, labels, rows, acceptance_weight)  # type: ignore[no-untyped-call]
-    return loss, sums
+    outputs: Tensor, labels: Labels, *, true_ids: Tensor, rows: Tensor, acceptance_weight: float
+) -> Match:
+    """Of head outputs [M, H]; true_ids [M] is what follows in the text, as a number of the draft
+    vocabulary, -1 for none. Only ``loss`` has a gradient."""
+    loss, sums, is_right = _MatchLoss.apply(  # type: ignore[no-untyped-call]
+        outputs, labels, true_ids, rows, acceptance_weight
+    )
+    return Match(loss=loss, sums=sums, is_right=is_right)
 
 
 class _MatchLoss(torch.autograd.Function):
@@ -58,34 +85,42 @@ class _MatchLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, outputs: Tensor, labels: Labels, rows: Tensor, acceptance_weight: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        outputs: Tensor,
+        labels: Labels,
+        true_ids: Tensor,
+        rows: Tensor,
+        acceptance_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = rows.dtype
         if torch.is_autocast_enabled(outputs.device.type):
             dtype = torch.get_autocast_dtype(outputs.device.type)
         matrix = rows.to(dtype)
         grad = torch.empty_like(outputs)
         sums = torch.zeros(3, device=outputs.device)
+        is_right = torch.empty(len(outputs), dtype=torch.bool, device=outputs.device)
         for start in range(0, len(outputs), _ROWS):
             part = slice(start, start + _ROWS)
-            p, mass = labels.probs[part], labels.mass[part]
-            log_q = torch.matmul(outputs[part].to(dtype), matrix.T).float().log_softmax(-1)
-            sums[0] -= (p * log_q).sum()
-            sums[2] += (log_q.argmax(-1) == labels.best[part]).sum()
-            q = log_q.exp_()
-            sums[1] += torch.minimum(p, q).sum()
+            ids, p = labels.ids[part], labels.probs[part]
+            q = torch.matmul(outputs[part].to(dtype), matrix.T).float().softmax(-1)
+            best = q.amax(-1)
+            known = q.gather(-1, ids)
+            sums[0] -= (p * known.clamp(min=1e-38).log()).sum()
+            sums[1] += torch.minimum(p, known).sum()
+            sums[2] += (known[:, 0] == best).sum()
+            true = true_ids[part]
+            is_right[part] = (q.gather(-1, true.clamp(min=0)[:, None])[:, 0] == best) & (true >= 0)
             # d(-sum min(p, q)) / dq is -1 where q is the smaller; softmax takes it to the logits.
-            lacking = torch.where(q < p, q, 0.0)
-            share = lacking.sum(-1, keepdim=True)
-            d_logits = q * (mass[:, None] + acceptance_weight * share)
-            d_logits -= p
-            d_logits -= acceptance_weight * lacking
+            lacking = torch.where(known < p, known, 0.0)
+            share = p.sum(-1) + acceptance_weight * lacking.sum(-1)
+            d_logits = q.mul_(share[:, None])
+            d_logits.scatter_add_(-1, ids, -(p + acceptance_weight * lacking))
             grad[part] = torch.matmul(d_logits.to(dtype), matrix).to(grad.dtype)
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(sums)
-        return sums[0] + acceptance_weight * (len(outputs) - sums[1]), sums
+        ctx.mark_non_differentiable(sums, is_right)
+        return sums[0] + acceptance_weight * (len(outputs) - sums[1]), sums, is_right
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None, None

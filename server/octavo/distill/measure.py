@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from octavo.distill.features import StateSource, make_batch
+from octavo.distill.features import States, StateSource, make_batch
 from octavo.distill.head import DraftHead
 from octavo.distill.samples import Sample
 from octavo.distill.trainer import Vectors
-from octavo.distill.unroll import unroll
+from octavo.distill.unroll import Chains
 
 _TOGETHER = 8  # texts
 
@@ -78,7 +77,7 @@ def measure(
         numbers = range(start, min(start + _TOGETHER, len(samples)))
         part = samples[start : start + _TOGETHER]
         hits = _hits(head, vectors, part, source.states(numbers), depth=depth)
-        for sample, right in zip(part, hits.tolist(), strict=True):
+        for sample, right in zip(part, hits, strict=True):
             for count, room in walk(right, num_tokens=len(sample.token_ids)):
                 steps.append(count)
                 rooms.append(room)
@@ -116,14 +115,25 @@ def _hits(
     head: DraftHead,
     vectors: Vectors,
     samples: Sequence[Sample],
-    states: Sequence[Any],
+    states: Sequence[States],
     *,
     depth: int,
-) -> Tensor:
-    """[B, depth, R] bool: whether the likeliest token of place r at a depth is the text's."""
-    batch = make_batch(samples, states, token_vectors=vectors.tokens, window=head.config.window)
-    found = [
-        vectors.draft_ids[torch.matmul(out, vectors.rows.T).argmax(-1)] == batch.true_ids
-        for out in unroll(head, batch.features, depth=depth)
-    ]
-    return torch.stack(found, dim=1).cpu()
+) -> list[list[list[bool]]]:
+    """By sample, depth and place: whether all drafts up to this depth are the text's."""
+    batch = make_batch(
+        samples,
+        states,
+        token_vectors=vectors.tokens,
+        window=head.config.window,
+        mask_token_id=head.config.mask_token_id,
+    )
+    chains = Chains(head, batch.features)
+    found = torch.zeros(depth, len(batch.true_ids), dtype=torch.bool)
+    for step in range(depth):
+        drafts = vectors.draft_ids[torch.matmul(chains.outputs, vectors.rows.T).argmax(-1)]
+        is_right = drafts == batch.true_ids[chains.at]
+        found[step, chains.at.cpu()] = is_right.cpu()
+        if step + 1 < depth:
+            chains.go_on(is_right)
+    counts = [len(sample.token_ids) for sample in samples]
+    return [part.tolist() for part in torch.split(found, counts, dim=1)]

@@ -54,6 +54,9 @@ class HeadOptions:
         (), "three layers whose input it sees; default 2, the middle one and the last but two"
     )
     window: int = _opt(128, "most tokens that it sees", minimum=2)
+    parallel_drafting: bool = _opt(
+        False, "it guesses all tokens of a step in one pass (P-EAGLE), not one after the other"
+    )
     init_from_head: str | None = _opt(
         None, "folder of a head of this model and these sizes to begin with, vocabulary included"
     )
@@ -94,6 +97,9 @@ class TrainConfig:
         0.5, "share of the steps that draft one token only, before --unroll-steps", maximum=1
     )
     label_temperature: float = _opt(1.0, "of the model's distributions", minimum=0.05)
+    label_top_k: int = _opt(
+        64, "likeliest tokens of the draft vocabulary that a place is taught", minimum=1
+    )
     hidden_dropout: float = _opt(0.0, "on the features and the attention's output", maximum=0.9)
     bf16: bool = _opt(False, "mixed precision with bfloat16")
     fp16: bool = _opt(False, "mixed precision with float16 and a scaled loss")

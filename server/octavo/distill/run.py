@@ -6,17 +6,24 @@ Puts the parts together; computes nothing itself.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from octavo.config import EngineConfig
-from octavo.distill.features import CachedStates, ComputedStates, StateSource, write_cache
+from octavo.distill.features import (
+    CachedStates,
+    ComputedStates,
+    StateSource,
+    write_cache,
+)
 from octavo.distill.head import (
     DraftHead,
     HeadConfig,
@@ -25,6 +32,7 @@ from octavo.distill.head import (
     save_head,
     start_like,
 )
+from octavo.distill.loss import target_labels
 from octavo.distill.measure import Acceptance, measure
 from octavo.distill.options import DistillConfig
 from octavo.distill.ranks import Ranks, joined
@@ -46,6 +54,7 @@ from octavo.worker.devices import DeviceKind, choose_device
 from octavo.worker.sizing import usable_cores
 
 _log = logging.getLogger(__name__)
+_MASK_TOKEN = 0  # whichever: what it means where it stands is learned
 _GENERATED, _STATES, _MEASURED = "generated.jsonl", "states", "acceptance.json"
 
 Measured = dict[str, Acceptance]
@@ -143,19 +152,14 @@ def _train(
     held_out: dict[str, list[Sample]],
     show_bar: bool,
 ) -> Measured:
-    output, window = Path(config.output), config.head.window
+    output = Path(config.output)
     everything = [samples, *held_out.values()]
     target, about = _target(config, engine=engine, samples=everything)
     _use_all_cores(engine)
     head, vectors = _head(config, target=target, generated=generated, about=about)
-    source: StateSource = ComputedStates(target, samples, window=window)
-    if config.data.cache_hidden_states:
-        folder = output / _STATES
-        key = f"{about['fingerprint']} {target.layers} {config.train.label_temperature}"
-        if ranks.is_first:
-            write_cache(folder, target, samples, window=window, key=key, show_bar=show_bar)
-        ranks.wait()
-        source = CachedStates(folder, samples, window=window)
+    source = _source(
+        config, target, samples, vectors=vectors, about=about, ranks=ranks, show_bar=show_bar
+    )
     trainer = Trainer(
         head,
         vectors,
@@ -185,6 +189,43 @@ def _train(
         _log.info("trained in %.0f s: a head of %.1f MB in %s", seconds, megabytes, output)
     ranks.wait()
     return found
+
+
+def _source(
+    config: DistillConfig,
+    target: Target,
+    samples: Sequence[Sample],
+    *,
+    vectors: Vectors,
+    about: Mapping[str, Any],
+    ranks: Ranks,
+    show_bar: bool,
+) -> StateSource:
+    """Of what the head learns from."""
+    window, train = config.head.window, config.train
+    labeller = partial(
+        target_labels,
+        rows=vectors.rows,
+        top_k=train.label_top_k,
+        temperature=train.label_temperature,
+    )
+    if not config.data.cache_hidden_states:
+        return ComputedStates(target, samples, window=window, labeller=labeller)
+    folder = Path(config.output) / _STATES
+    drafted = hashlib.sha256(vectors.draft_ids.numpy().tobytes()).hexdigest()
+    if ranks.is_first:
+        write_cache(
+            folder,
+            target,
+            samples,
+            window=window,
+            labeller=labeller,
+            top_k=min(train.label_top_k, len(vectors.draft_ids)),
+            key=f"{about['fingerprint']} {target.layers} {train.label_temperature} {drafted}",
+            show_bar=show_bar,
+        )
+    ranks.wait()
+    return CachedStates(folder, samples, window=window)
 
 
 class _Examiner:
@@ -309,6 +350,7 @@ def _head(
         max_position_embeddings=spec.max_position_embeddings,
         aux_layers=target.layers,
         window=options.window,
+        mask_token_id=_MASK_TOKEN if options.parallel_drafting else None,
         target=about,
     )
     head = DraftHead(wanted, dropout=config.train.hidden_dropout)

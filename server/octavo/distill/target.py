@@ -26,7 +26,7 @@ _LOGITS_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class States:
+class Read:
     """What the target computed over the n tokens of one text, from place ``first`` on."""
 
     taps: Tensor  # [n - first, 3H] float32
@@ -80,9 +80,9 @@ class Target:
         self._caches: list[KVLayer] = model.backend.allocate(spec, num_blocks=self._num_blocks)
 
     @torch.no_grad()
-    def read(self, texts: Sequence[tuple[Sequence[int], int, int]]) -> list[States]:
+    def read(self, texts: Sequence[tuple[Sequence[int], int, int]]) -> list[Read]:
         """States of texts (token ids, first place of taps, first place of labels)."""
-        found: list[States] = []
+        found: list[Read] = []
         for group in self._groups(texts):
             found += self._read(group)
         return found
@@ -103,7 +103,7 @@ class Target:
         if group:
             yield group
 
-    def _read(self, group: Sequence[tuple[Sequence[int], int, int]]) -> list[States]:
+    def _read(self, group: Sequence[tuple[Sequence[int], int, int]]) -> list[Read]:
         lengths = [len(ids) for ids, _, _ in group]
         num_tokens = sum(lengths)
         size = self.model.spec.hidden_size
@@ -122,7 +122,7 @@ class Target:
         ]
         norms = torch.split(self._log_norms(torch.cat(labelled)), [len(rows) for rows in labelled])
         return [
-            States(taps=out[start + first : start + length], hidden=rows.float(), log_norm=norm)
+            Read(taps=out[start + first : start + length], hidden=rows.float(), log_norm=norm)
             for start, length, (_, first, _), rows, norm in zip(
                 starts, lengths, group, labelled, norms, strict=True
             )

@@ -18,14 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from octavo.distill import checkpoints
-from octavo.distill.features import Batch, StateSource, make_batch
+from octavo.distill.features import StateSource, make_batch
 from octavo.distill.head import DraftHead
-from octavo.distill.loss import Labels, match_loss, target_labels
+from octavo.distill.loss import match_loss
 from octavo.distill.options import TrainConfig
 from octavo.distill.ranks import Ranks
 from octavo.distill.samples import Sample
 from octavo.distill.schedule import Order, learning_rate
-from octavo.distill.unroll import unroll
+from octavo.distill.unroll import Chains
 
 _log = logging.getLogger(__name__)
 _STEP_SEEDS = 1_000_003
@@ -39,6 +39,12 @@ class Vectors:
     rows: Tensor  # [Vd, H] of the output matrix
     draft_ids: Tensor  # [Vd] rising
     metric: Tensor  # [H, H] see `logit_metric`
+
+    def numbers(self, token_ids: Tensor) -> Tensor:
+        """Token ids as numbers of the draft vocabulary, -1 where it lacks them."""
+        found = torch.searchsorted(self.draft_ids, token_ids)
+        found.clamp_(max=len(self.draft_ids) - 1)
+        return torch.where(self.draft_ids[found] == token_ids, found, -1)
 
     def to(self, device: torch.device) -> Vectors:
         return Vectors(
@@ -230,45 +236,41 @@ class Trainer:
             self._source.states(numbers),
             token_vectors=self.vectors.tokens,
             window=self.head.config.window,
+            mask_token_id=self.head.config.mask_token_id,
         )
         done = self.step / self.num_steps
         has_labels = done >= config.hidden_warmup_ratio
         depth = config.unroll_steps if done >= config.unroll_warmup_ratio else 1
-        picked = batch.is_label
-        labels = self._labels(batch) if has_labels else None
-        # The place in [0, R) of every label: depth j has no draft before place j.
-        at = picked.nonzero()[:, 1]
+        weight = config.hidden_weight * (1 - done) if has_labels else 1.0
+        true_ids = self.vectors.numbers(batch.true_ids)
         loss = torch.zeros((), device=self._device)
         with torch.autocast(self._device.type, dtype=self._amp, enabled=self._amp is not None):
-            for j, out in enumerate(unroll(self.head, batch.features, depth=depth)):
-                there = at >= j
-                if not there.any():
+            chains = Chains(self.head, batch.features)
+            for j in range(depth):
+                outputs, at = chains.outputs, chains.at
+                if not len(at):
                     break
-                part = out[picked][there]
-                apart = _distance(part, batch.hidden[picked][there], metric=self.vectors.metric)
-                weight = config.hidden_weight * (1 - done)
-                found = (weight if has_labels else 1.0) * apart
                 seen = self._sums.by_depth[j]
-                seen[0] += there.sum()
-                seen[1] += apart.detach()
-                if labels is not None:
-                    matched, sums = match_loss(
-                        part,
-                        labels.at(there) if j else labels,
+                seen[0] += len(at)
+                found = outputs.new_zeros(())
+                if weight:
+                    apart = _distance(outputs, batch.hidden[at], metric=self.vectors.metric)
+                    seen[1] += apart.detach()
+                    found = weight * apart
+                goes_on = torch.ones(len(at), dtype=torch.bool, device=self._device)
+                if has_labels:
+                    assert batch.labels is not None
+                    match = match_loss(
+                        outputs,
+                        batch.labels.at(at),
+                        true_ids=true_ids[at],
                         rows=rows,
                         acceptance_weight=config.acceptance_weight,
                     )
-                    found = found + matched
-                    seen[2:] += sums
+                    found = found + match.loss
+                    seen[2:] += match.sums
+                    goes_on = match.is_right
                 loss = loss + config.unroll_decay**j * found
+                if j + 1 < depth:
+                    chains.go_on(goes_on)
         return loss
-
-    def _labels(self, batch: Batch) -> Labels:
-        """The target's distributions at the labelled places of a batch."""
-        picked = batch.is_label
-        return target_labels(
-            batch.hidden[picked],
-            batch.log_norm[picked],
-            rows=self.vectors.rows,
-            temperature=self._config.label_temperature,
-        )

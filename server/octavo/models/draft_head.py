@@ -80,6 +80,9 @@ class DraftHead:
         self._head = table(spec.draft_vocab_size, "lm_head")
         self._own_vectors = table(layer.vocab_size, "embed_tokens") if has_embedding else None
         self._vectors: _Vectors = self._own_vectors or target
+        # [3 D]: in place of hidden states of a token that is not known yet; None = it can do no
+        # more than one draft in a pass.
+        self.mask_taps: Tensor | None = None
         # Of each of its logits the target's token.
         self.token_ids = torch.arange(spec.draft_vocab_size)
 

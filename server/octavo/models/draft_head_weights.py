@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from octavo.checkpoint.draft_head import DraftHeadFiles
+from octavo.checkpoint.draft_head import NUM_TAPS, DraftHeadFiles
 from octavo.models.base import Model
 from octavo.models.draft_head import LAYER, DraftHead
 from octavo.models.fingerprint import is_same_target, target_fingerprint
@@ -18,6 +18,7 @@ from octavo.models.weights import CheckpointTensor, safetensors_tensors
 from octavo.platforms.base import Platform
 
 _HEAD, _VECTORS, _OFFSETS, _IS_DRAFTED = "lm_head.weight", "embed_tokens.weight", "d2t", "t2d"
+_MASK = "mask_hidden"
 _ROWS = 1024  # of the target's output matrix that are read at a time
 
 
@@ -39,7 +40,7 @@ def load_draft_head(
         _check_target(files, target=target, target_name=target_name)
         tensors = {_plain_name(each.name): each for each in safetensors_tensors(files.weights)}
         tensors.pop(_IS_DRAFTED, None)
-        offsets = tensors.pop(_OFFSETS, None)
+        offsets, mask = tensors.pop(_OFFSETS, None), tensors.pop(_MASK, None)
         head = DraftHead(
             files.spec,
             target=target,
@@ -50,6 +51,8 @@ def load_draft_head(
         )
         if offsets is not None:
             _set_token_ids(head, offsets)
+        if mask is not None:
+            _set_mask(head, mask)
         _fill(head, tensors, target=target, name=files.name, pool=pool)
     return head
 
@@ -106,6 +109,30 @@ def _plain_name(name: str) -> str:
     return LAYER + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
 
 
+def _read(tensor: CheckpointTensor) -> Tensor:
+    with safe_open(tensor.path, framework="pt") as file:
+        names = {_plain_name(name): name for name in file.keys()}  # noqa: SIM118 (no mapping)
+        found: Tensor = file.get_tensor(names[_plain_name(tensor.name)])
+    return found
+
+
+def _set_mask(head: DraftHead, tensor: CheckpointTensor) -> None:
+    """What a token that is not known yet has for hidden states."""
+    size = NUM_TAPS * head.spec.layer.hidden_size
+    mask = _read(tensor).flatten().float()
+    if mask.shape != (size,):
+        raise ValueError(
+            f"{tensor.path}: tensor {_MASK} has shape {list(tensor.shape)}, "
+            f"the config says {[size]}"
+        )
+    if head.spec.mask_token_id is None:
+        raise ValueError(
+            f"{tensor.path}: there is a tensor {_MASK}, and config.json has no pard_token that "
+            "it belongs to"
+        )
+    head.mask_taps = mask
+
+
 def _set_token_ids(head: DraftHead, tensor: CheckpointTensor) -> None:
     """By the distance of each token of the draft vocabulary from its place in it."""
     size = head.spec.draft_vocab_size
@@ -114,10 +141,7 @@ def _set_token_ids(head: DraftHead, tensor: CheckpointTensor) -> None:
             f"{tensor.path}: tensor {_OFFSETS} has shape {list(tensor.shape)}, "
             f"the config says {[size]}"
         )
-    with safe_open(tensor.path, framework="pt") as file:
-        names = {_plain_name(name): name for name in file.keys()}  # noqa: SIM118 (no mapping)
-        offsets: Tensor = file.get_tensor(names[_OFFSETS])
-    token_ids = torch.arange(size) + offsets.to(torch.int64)
+    token_ids = torch.arange(size) + _read(tensor).to(torch.int64)
     vocab_size = head.spec.layer.vocab_size
     if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
         raise ValueError(

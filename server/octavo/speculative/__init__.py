@@ -39,10 +39,11 @@ def make_drafter(
     config: SpeculativeConfig,
     *,
     model: BatchProposer | None = None,
+    most_requests: int = MAX_REQUESTS,
     seconds: Callable[[], float] = time.perf_counter,
 ) -> NoDrafts | FixedDrafter | FixedModelDrafter | AutoDrafter:
-    """What drafts for a worker. ``model``: what was made of ``config.model``; ``seconds``: the
-    worker's clock."""
+    """What drafts for a worker. ``model``: what was made of ``config.model``, which ``auto`` asks
+    in steps of at most so many requests; ``seconds``: the worker's clock."""
     most = config.num_speculative_tokens
     if config.method == "off":
         return NoDrafts()
@@ -61,5 +62,11 @@ def make_drafter(
         min_token_prob=_AUTO_MIN_PROB if is_auto else config.suffix_decoding_min_token_prob,
     )
     if is_auto:
-        return AutoDrafter(suffix, max_drafts=most, model=model, seconds=seconds)
+        return AutoDrafter(
+            suffix,
+            max_drafts=most,
+            model=model,
+            most_requests_of_model=most_requests,
+            seconds=seconds,
+        )
     return FixedDrafter(suffix, num_drafts=most, seconds=seconds)

@@ -141,7 +141,8 @@ class AutoDrafter(Counting):
     arithmetic, where a draft costs what a token does.
 
     ``proposer``'s drafts cost next to nothing and are looked at first; ``model``, if there is one,
-    is asked where it is expected to do better by more than its passes take.
+    is asked where it is expected to do better by more than its passes take, in steps of at most
+    ``most_requests_of_model``.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class AutoDrafter(Counting):
         *,
         max_drafts: int,
         model: BatchProposer | None = None,
+        most_requests_of_model: int = MAX_REQUESTS,
         seconds: Callable[[], float] = time.perf_counter,
     ) -> None:
         super().__init__()
@@ -163,6 +165,7 @@ class AutoDrafter(Counting):
             self._model = ModelSource(
                 model, counts=self.counts, max_drafts=max_drafts, seconds=seconds
             )
+        self._most_requests_of_model = most_requests_of_model
         self._seconds = seconds
         self._max_drafts = max_drafts
         self._wanted = float(min(max_drafts, _PROBE_DRAFTS))
@@ -212,7 +215,7 @@ class AutoDrafter(Counting):
         share = _MAX_DRAFTING + _GAIN_SPENT * max(self.regime.gain, 0.0)
         found = self._propose(outlooks, until=began + max(share * plain, 2e-4))
         charged = self._seconds() - began
-        if self._model is not None:
+        if self._model is not None and num_tokens <= self._most_requests_of_model:
             # What it reads to catch up for the first time is no part of what drafts will take.
             found, modelled = self._ask_model(self._model, outlooks, found, num_tokens)
             charged += modelled

@@ -15,7 +15,7 @@ from octavo.models import Model, TooLarge, kv_cache_spec, kv_dtype, load_model, 
 from octavo.platforms.cpu import CPUPlatform
 from octavo.platforms.quantization import Quantization, choose, listed
 from octavo.sampling import Sampler
-from octavo.speculative import make_drafter
+from octavo.speculative import MAX_REQUESTS, make_drafter
 from octavo.types import NewRequest, SamplingParams, SchedulerOutput
 from octavo.worker.drafting.startup import Drafting, LoadedDraftModel, LoadedHead
 from octavo.worker.kv_tensors import KVTensors
@@ -176,6 +176,7 @@ def make_runner(
         drafter=make_drafter(
             SpeculativeConfig.from_json(config.scheduler.speculative_config),
             model=None if attached is None else attached.proposer,
+            most_requests=MAX_REQUESTS if attached is None else attached.most_requests,
         ),
         watcher=None if attached is None else attached.watcher,
         taps=None if attached is None else attached.taps,

@@ -94,9 +94,7 @@ def _on_cpu(config: EngineConfig, phases: _Phases) -> tuple[Executor, EngineInfo
         num_threads=num_threads,
         max_drafts=0 if speculative.method == "off" else speculative.num_speculative_tokens,
         speculation=(
-            speculative.method
-            if speculative.model is None
-            else f"{speculative.method} with {speculative.model}"
+            speculative.method if drafting is None else f"{speculative.method} with {drafting.name}"
         ),
         phases=phases,
     )

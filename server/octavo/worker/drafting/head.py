@@ -32,7 +32,7 @@ _AGAIN = 32  # places that are read when it begins anew
 _ROOM = 32  # places more than are read at once that are kept for a request
 
 
-class _Reading:
+class Reading:
     """Of a request the places [first, done) have K/V; taps of [done, done + count) wait.
 
     ``first`` is where its sequence begins, or -1: nothing has K/V.
@@ -63,6 +63,8 @@ class HeadGuesser:
     at.
     """
 
+    _num_more = 0  # places of a request that a pass may have behind those that it reads
+
     def __init__(
         self,
         head: DraftHead,
@@ -78,26 +80,30 @@ class HeadGuesser:
         self._most_requests = most_requests
         self._max_len = head.max_len
         self._num_kept = head.spec.num_read + _ROOM
-        self._places = Places(table, max_num_tokens=MAX_JOBS * self._num_kept)
-        size = head.spec.layer.hidden_size
+        self._places = Places(table, max_num_tokens=MAX_JOBS * (self._num_kept + self._num_more))
         waiting = torch.zeros(self._places.max_num_tokens, taps.out.shape[1])
         self._waiting = waiting.numpy()
+        self._readings: dict[str, Reading] = {}
+        self.num_read = 0
+        self._has_failed = False
+        self._make_passes(TapPass(head, waiting), kv_cache)
+
+    def _make_passes(self, reading: TapPass, kv_cache: KVLayer) -> None:
+        head = self._head
         following = self._following = Following(
             token_ids=head.token_ids.to(torch.int32),
-            features=torch.zeros(MAX_JOBS, size),
+            features=torch.zeros(MAX_JOBS, head.spec.layer.hidden_size),
             probs=torch.zeros(MAX_JOBS),
         )
         self._reading, guessing = (
             FollowedPass(each, places=self._places, following=following)
-            for each in (TapPass(head, waiting), OwnPass(head, following.features))
+            for each in (reading, OwnPass(head, following.features))
         )
         self._reads, self._guesses = (
             ForwardReplays(each, kv_caches=[kv_cache], buffers=self._places.buffers)
             for each in (self._reading, guessing)
         )
-        self._readings: dict[str, _Reading] = {}
-        self.num_read = 0
-        self._has_failed = False
+        self._recorded: tuple[ForwardReplays, ...] = (self._reads, self._guesses)
 
     def begin(self, step: SchedulerOutput) -> None:
         for request_id in step.finished_request_ids:
@@ -128,13 +134,13 @@ class HeadGuesser:
     def warm(self) -> None:
         for is_of_each in self._places.usual():
             if is_of_each:
-                for passes in (self._reads, self._guesses):
+                for passes in self._recorded:
                     self._places.run(passes, has_logits=True)
 
     def _keep(self, request_id: str, place: int, taps: Floats) -> None:
         reading = self._readings.get(request_id)
         if reading is None:
-            reading = self._readings[request_id] = _Reading(self._num_kept, taps.shape[1])
+            reading = self._readings[request_id] = Reading(self._num_kept, taps.shape[1])
             reading.restart(place)
         if reading.done + reading.count != place:
             reading.restart(place)
@@ -153,6 +159,14 @@ class HeadGuesser:
         if not ready:
             return [], None
         readings = [self._readings[job.request_id] for job in ready]
+        guesses = self._read(ready, readings)
+        for reading in readings:
+            reading.done += reading.count
+            reading.count = 0
+        return ready, guesses
+
+    def _read(self, ready: Sequence[Job], readings: Sequence[Reading]) -> Guesses:
+        """A pass over what waits, and the guesses that it gives."""
         counts = [reading.count for reading in readings]
         at = 0
         for reading in readings:
@@ -171,16 +185,13 @@ class HeadGuesser:
         )
         # Of few tokens all have logits, for passes are recorded by their number alone.
         hidden, logits = self._places.run(self._reads, has_logits=at <= max(USUAL))
-        for reading in readings:
-            reading.done += reading.count
-            reading.count = 0
         self.num_read = at
         lasts = None if at == len(ready) else (np.cumsum(counts) - 1).tolist()
         if logits is None:
             hidden, lasts = hidden[lasts], None
             self._places.shrink()
             logits = self._reading.compute_logits(hidden)
-        return ready, self._guessed(logits, lasts)
+        return self._guessed(logits, lasts)
 
     def go_on(self, jobs: Sequence[Job], kept: Sequence[int]) -> Guesses:
         if len(kept) == self._places.num_requests:
