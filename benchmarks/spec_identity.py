@@ -24,6 +24,7 @@ METHODS: Mapping[str, Config] = {
     "auto": {"method": "auto"},
     "ngram": {"method": "ngram", "num_speculative_tokens": 5},
     "suffix": {"method": "suffix", "num_speculative_tokens": 5},
+    "eagle3": {"method": "eagle3", "num_speculative_tokens": 5},
 }
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"temperature": 0},

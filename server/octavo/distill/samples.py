@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,17 @@ _OPENINGS = (
     "Act as", "Pretend", "Extract", "Analyze", "Discuss", "Rewrite", "Help me", "List", "Tell me",
     "Edit the following", "Given", "Evaluate", "Which", "Is", "Calculate", "Develop", "The", "Let",
     "Could you", "You are", "Provide", "A", "In", "Identify", "Draft", "Write an email", "Embody",
+    "Complete the following Python function:\n\n```python\ndef", "Write a Python function",
+    "Complete this function:\n\nfrom typing import List\n\n\ndef", "Write a function in Python",
 )  # fmt: skip
+# What a user may ask of a text that follows; such texts are earlier answers.
+_ABOUT_A_TEXT = (
+    "Summarize the following article.", "Summarize:", "What are the main points of this text?",
+    "Rewrite the following text in simpler words.", "Improve this text.", "TL;DR of the text below",
+)  # fmt: skip
+_ABOUT_A_TEXT_SHARE = 0.1
+_TEXTS_KEPT = 256
+_TEXT_CHARACTERS = 300, 2000
 _ROUND = 96  # answers generated together and then written
 _OWN_PROMPT_TOKENS = 160
 _OWN_PROMPT_SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_tokens": _OWN_PROMPT_TOKENS}
@@ -129,6 +140,7 @@ class Author:
     def __init__(self, llm: LLM, *, max_new_tokens: int) -> None:
         self._llm = llm
         self._max_new_tokens = max_new_tokens
+        self._texts: deque[str] = deque(maxlen=_TEXTS_KEPT)
         try:
             chats = [llm.render_chat([{"role": "user", "content": text}]) for text in ("Q", "7")]
         except ValueError:
@@ -146,15 +158,18 @@ class Author:
 
     def own_prompts(self, count: int, *, rng: random.Random) -> list[tuple[int, ...]]:
         """At most ``count`` prompts as the model itself makes them up at temperature 1: what it
-        takes for a user's message, or texts from nothing where it has no chat template."""
-        openings = [rng.choice(_OPENINGS) for _ in range(count)]
+        takes for a user's message, or texts from nothing where it has no chat template. A tenth
+        asks something of one of its earlier answers, as soon as there are some."""
+        prompts: list[tuple[int, ...]] = []
+        if self._is_chat and self._texts:
+            prompts = [self._about_a_text(rng) for _ in range(int(count * _ABOUT_A_TEXT_SHARE))]
+        openings = [rng.choice(_OPENINGS) for _ in range(count - len(prompts))]
         begun = [self._begin(opening) for opening in openings]
         params = [{**_OWN_PROMPT_SAMPLING, "seed": rng.getrandbits(31)} for _ in begun]
         if not self._is_chat:
             for each in params:
                 each["max_tokens"] = 16
         written = self._llm.generate(begun, params)
-        prompts: list[tuple[int, ...]] = []
         for opening, start, generation in zip(openings, begun, written, strict=True):
             text = (opening + generation.text).strip()
             if not self._is_chat:
@@ -162,6 +177,9 @@ class Author:
             elif len(text) >= _SHORTEST:
                 prompts.append(self.encode(text))
         return prompts
+
+    def _about_a_text(self, rng: random.Random) -> tuple[int, ...]:
+        return self.encode(f"{rng.choice(_ABOUT_A_TEXT)}\n\n{rng.choice(self._texts)}")
 
     def _begin(self, opening: str) -> tuple[int, ...]:
         if self._is_chat:
@@ -185,6 +203,8 @@ class Author:
             for _, t in fitting
         ]
         answers = self._llm.generate([ids for ids, _ in fitting], params)
+        shortest, longest = _TEXT_CHARACTERS
+        self._texts.extend(a.text[:longest] for a in answers if len(a.text) >= shortest)
         return [
             Sample(prompt_token_ids=ids, token_ids=answer.token_ids, temperature=temperature)
             for (ids, temperature), answer in zip(fitting, answers, strict=True)
