@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from octavo.distill.samples import (
+    Author,
     Sample,
     draft_vocabulary,
     read_prompts,
@@ -62,3 +67,35 @@ def test_vocabulary_is_of_the_most_frequent() -> None:
     assert draft_vocabulary(samples, size=3, vocab_size=20) == [2, 7, 9]
     assert draft_vocabulary(samples, size=4, vocab_size=20) == [2, 3, 7, 9]
     assert draft_vocabulary(samples, size=99, vocab_size=12) == list(range(12))
+
+
+class _Engine:
+    """As much of the offline engine as an author asks. Tokens are bytes, messages stand between 1
+    and 2, and every text that it writes is long."""
+
+    info = SimpleNamespace(max_model_len=8192)
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(text.encode()))
+    written = "Nothing is as long as this. " * 40
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        return 1, *messages[0]["content"].encode(), 2
+
+    def generate(self, prompts: Sequence[Any], params: Sequence[Any]) -> list[Any]:
+        assert len(prompts) == len(params)
+        return [SimpleNamespace(text=self.written, token_ids=(7,) * 20) for _ in prompts]
+
+
+def test_some_prompts_ask_something_of_an_earlier_answer() -> None:
+    engine, rng = _Engine(), random.Random(3)
+    author = Author(cast(Any, engine), max_new_tokens=16)
+
+    def asked() -> int:
+        prompts = author.own_prompts(60, rng=rng)
+        assert len(prompts) == 60
+        assert all((ids[0], ids[-1]) == (1, 2) for ids in prompts)
+        texts = [bytes(ids[1:-1]).decode() for ids in prompts]
+        return sum(text.endswith(f"\n\n{engine.written}") for text in texts)
+
+    assert asked() == 0
+    author.greedy(["Write."])
+    assert asked() == 6
