@@ -133,7 +133,7 @@ WRONG = [
     (["-sc", "[]"], "speculative_config must be a JSON object, got '[]'"),
     (["-sc", '{"size": 1}'], "speculative_config has no key 'size'; there are method, model, "),
     (["-sc", '{"method": "eagle"}'], "draft_model, off, got 'eagle'"),
-    (["-sc", '{"method": "eagle3"}'], "model"),
+    (["-sc", '{"method": "draft_model"}'], "model"),
     (["-sc", '{"num_speculative_tokens": 0}'], "num_speculative_tokens must be from 1 to 64"),
     (
         ["-sc", '{"prompt_lookup_min": 6, "prompt_lookup_max": 4}'],
