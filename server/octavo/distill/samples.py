@@ -44,8 +44,8 @@ _ABOUT_A_TEXT_SHARE = 0.1
 _TEXTS_KEPT = 256
 _TEXT_CHARACTERS = 300, 2000
 _ROUND = 96  # answers generated together and then written
-_OWN_PROMPT_TOKENS = 160
-_OWN_PROMPT_SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_tokens": _OWN_PROMPT_TOKENS}
+_OWN_PROMPT_TOKENS, _OWN_TEXT_TOKENS = 160, 16
+_OWN_PROMPT_SAMPLING = {"temperature": 1.0, "top_p": 0.95}
 _SHORTEST = 8  # characters of a prompt, tokens of an answer
 
 
@@ -164,11 +164,11 @@ class Author:
         if self._is_chat and self._texts:
             prompts = [self._about_a_text(rng) for _ in range(int(count * _ABOUT_A_TEXT_SHARE))]
         openings = [rng.choice(_OPENINGS) for _ in range(count - len(prompts))]
-        begun = [self._begin(opening) for opening in openings]
-        params = [{**_OWN_PROMPT_SAMPLING, "seed": rng.getrandbits(31)} for _ in begun]
-        if not self._is_chat:
-            for each in params:
-                each["max_tokens"] = 16
+        num_tokens = _OWN_PROMPT_TOKENS if self._is_chat else _OWN_TEXT_TOKENS
+        room = max(self._llm.info.max_model_len - num_tokens, 1)
+        begun = [self._begin(opening)[:room] for opening in openings]
+        sampling = {**_OWN_PROMPT_SAMPLING, "max_tokens": num_tokens}
+        params = [{**sampling, "seed": rng.getrandbits(31)} for _ in begun]
         written = self._llm.generate(begun, params)
         for opening, start, generation in zip(openings, begun, written, strict=True):
             text = (opening + generation.text).strip()
